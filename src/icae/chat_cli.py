@@ -1,0 +1,91 @@
+"""`icae chat`: several turns over the same slots, in a terminal or through a pipe. Heavy imports inside the command, as in cli.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from icae.errors import ICAEError
+
+if TYPE_CHECKING:
+    from icae.model import ICAE
+    from icae.slots import MemorySlots
+
+_LEAVE = ("/quit", "/exit")
+
+
+def chat(
+    context: Annotated[Path, typer.Argument(help="A slot file, or a text file, which is compressed first.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn, where the temperature is above 0.")] = 0,
+    ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file. [default: checkpoint's]")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+) -> None:
+    """Talk about a text, turn by turn, over the same slots: one question a line; /forget begins anew, /quit or Ctrl-D leaves."""
+    from icae.data import read_text
+    from icae.model import ICAE, Sampling
+    from icae.slots import MemorySlots
+
+    if max_tokens < 1:
+        raise ICAEError(f"max-tokens must be at least 1, got {max_tokens}")
+    loaded = MemorySlots.load(context) if context.suffix == ".safetensors" else None
+    text = "" if loaded is not None else read_text(context)
+    icae = ICAE.from_pretrained(model, base=base, device=device)
+    slots = loaded if loaded is not None else icae.compress(text, ratio=ratio)
+    icae.check(slots)
+    print(f"{slots.tokens} tokens in {slots.count} slots; /forget begins anew, /quit leaves", file=sys.stderr, flush=True)
+    history: list[dict[str, str]] = []
+    for said in _lines():
+        if said in _LEAVE:
+            return
+        if said == "/forget":
+            history = []
+            continue
+        history = fitting(icae, slots, history, said, max_tokens)
+        sampling = Sampling(temperature, seed=seed + len(history) if temperature else None)
+        answer = ""
+        try:
+            for piece in icae.stream_answer(slots, said, history=history, max_new_tokens=max_tokens, sampling=sampling):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            pass
+        print(flush=True)
+        history = [*history, {"role": "user", "content": said}, {"role": "assistant", "content": answer.strip()}]
+
+
+def fitting(icae: ICAE, slots: MemorySlots, history: list[dict[str, str]], prompt: str, limit: int) -> list[dict[str, str]]:
+    """Return the latest turns that leave room for the prompt and an answer of `limit` tokens among the base's positions."""
+    from icae.chat import chat_prompt
+
+    while history and slots.span + 1 + len(chat_prompt(icae.base.tokenizer, prompt, history)) + limit > icae.base.max_positions:
+        history = history[2:]
+    return history
+
+
+def _lines() -> Iterator[str]:
+    """Yield what is said, without empty lines, until the end of the input; a terminal gets a prompt and line editing."""
+    if sys.stdin.isatty():
+        import contextlib
+
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() edits lines with it
+        while True:
+            try:
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                print(file=sys.stderr)
+                return
+            if line:
+                yield line
+    else:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()

@@ -1,0 +1,185 @@
+"""Memory slots and prompt embeddings -> logits, or generated ids. Knows no context, no adapter, no training.
+
+The decoder is the base as published. `kv` slots become its prefix cache, `embedding` slots the first of its input embeddings; either
+way each row may have another number of slots and of prompt tokens, and padding is masked. In the sequence the slots come first, so
+that everything after them may attend to them; position ids are given outright.
+
+Shape legend: B rows, K slots of the longest, T prompt tokens of the longest, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icae.base import Base
+from icae.slots import SlotBatch
+
+
+class Decoder:
+    """The frozen base, reading slots."""
+
+    def __init__(self, base: Base):
+        self.base = base
+
+    def logits(
+        self,
+        slots: SlotBatch | None,
+        inputs_BTD: Tensor,
+        positions_BT: Tensor,
+        real_BT: Tensor,
+        keep: Tensor | int = 0,
+    ) -> Tensor:
+        """Read slots and inputs once.
+
+        Parameters
+        ----------
+        slots : SlotBatch, optional
+            What stands before the inputs; none: nothing.
+        inputs_BTD : Tensor
+            (B, T, D) input embeddings.
+        positions_BT : Tensor
+            (B, T) int64 position ids.
+        real_BT : Tensor
+            (B, T) bool, false where padded.
+        keep : Tensor or int
+            Places among T, as a 1-d index, to compute logits at; 0: all.
+
+        Returns
+        -------
+        Tensor
+            (B, kept, V).
+        """
+        return self._read(slots, inputs_BTD, positions_BT, real_BT, keep)[0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        slots: SlotBatch | None,
+        inputs_BTD: Tensor,
+        positions_BT: Tensor,
+        real_BT: Tensor,
+        max_new_tokens: list[int],
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: list[int] | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Generate row by row together, a token at a time.
+
+        Parameters
+        ----------
+        slots, inputs_BTD, positions_BT, real_BT
+            As for `logits`; the inputs are padded on the right.
+        max_new_tokens : list of int
+            For each row.
+        temperature, top_p, seed
+            0: the likeliest token; else sampled among the likeliest that together reach `top_p`.
+        stop : list of int, optional
+            Ids that end a row (they are not yielded); none: the base's own.
+
+        Yields
+        ------
+        list of (int or None)
+            The next id of each row; None for a row that has ended.
+        """
+        if not any(max_new_tokens):
+            return
+        ends = set(self.base.eos_ids if stop is None else stop)
+        chance = None if seed is None else torch.Generator(inputs_BTD.device).manual_seed(seed)
+        rows = torch.arange(inputs_BTD.shape[0], device=inputs_BTD.device)
+        last = real_BT.sum(1) - 1
+        logits, cache, real = self._read(slots, inputs_BTD, positions_BT, real_BT, last)
+        logits, position = logits[rows, rows], positions_BT[rows, last]
+        alive = [n > 0 for n in max_new_tokens]
+        order = list(range(len(alive)))  # the row that stands at each place of the cache
+        made = 0
+        while True:
+            ids = choose(logits, temperature, top_p, chance)
+            made += 1
+            step: list[int | None] = [None] * len(alive)
+            for row, i in zip(order, ids.tolist(), strict=True):
+                alive[row] = alive[row] and i not in ends
+                step[row] = i if alive[row] else None
+            yield step
+            alive = [a and made < n for a, n in zip(alive, max_new_tokens, strict=True)]
+            if not any(alive):
+                return
+            position = position + 1
+            real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
+            staying = [place for place, row in enumerate(order) if alive[row]]
+            if 2 * len(staying) <= len(order):  # ended rows are computed with the others until there are as many of them
+                order, chosen = [order[place] for place in staying], torch.tensor(staying, device=ids.device)
+                cache.batch_select_indices(chosen)
+                ids, position, real = ids[chosen], position[chosen], real[chosen]
+            output = self.base.model(
+                input_ids=ids[:, None],
+                position_ids=position[:, None],
+                attention_mask=real.long(),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = output.logits[:, -1]
+
+    def prefix(self, slots: SlotBatch) -> Any:
+        """Return the key-value cache (transformers' `DynamicCache`) that holds the slots alone, ready to be followed by inputs."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        if "embeddings" in slots.tensors:
+            self.base.model(
+                inputs_embeds=slots.tensors["embeddings"].to(self.base.dtype),
+                position_ids=slots.positions,
+                attention_mask=slots.mask.long(),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        else:
+            self._fill(cache, slots)
+        return cache
+
+    def _fill(self, cache: Any, slots: SlotBatch) -> None:
+        """Put kv slots into an empty cache."""
+        keys, values = (slots.tensors[name].to(self.base.dtype).permute(2, 0, 3, 1, 4) for name in ("keys", "values"))
+        for layer in range(keys.shape[0]):
+            cache.update(keys[layer], values[layer], layer)
+
+    def _read(self, slots: SlotBatch | None, inputs: Tensor, positions: Tensor, real: Tensor, keep: Tensor | int) -> tuple:
+        """Return logits at `keep`, the cache, and the mask over everything read so far."""
+        from transformers import DynamicCache
+
+        cache, inputs = DynamicCache(), inputs.to(self.base.dtype)
+        if slots is not None:
+            real = torch.cat([slots.mask, real], 1)
+            if "embeddings" in slots.tensors:
+                prefix = slots.tensors["embeddings"].to(inputs.dtype)
+                inputs = torch.cat([prefix, inputs], 1)
+                positions = torch.cat([slots.positions, positions], 1)
+                keep = keep + prefix.shape[1] if isinstance(keep, Tensor) else inputs.shape[1] - prefix.shape[1]
+            else:
+                self._fill(cache, slots)
+        output = self.base.model(
+            inputs_embeds=inputs,
+            position_ids=positions,
+            attention_mask=real.long(),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        return output.logits, output.past_key_values, real
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator | None) -> Tensor:
+    """Return the next id of each row, (B,): the likeliest, or one drawn from the nucleus (arXiv 1904.09751)."""
+    if temperature < 1e-5:  # smaller ones leave nothing of float32 to divide by
+        return logits.argmax(-1)
+    share, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    beyond = share.cumsum(-1) - share >= top_p
+    beyond[..., 0] = False  # the likeliest always stays, however small top_p
+    share = share.masked_fill(beyond, 0)
+    return order.gather(1, torch.multinomial(share, 1, generator=chance))[:, 0]

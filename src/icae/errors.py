@@ -1,0 +1,10 @@
+"""The one exception that users are meant to read.
+
+Whatever a user can cause and mend (a bad file, a bad number, a foreign checkpoint) is raised as `ICAEError` with a message of
+one line that names the field and the mend. The command line prints it and exits with code 2; anything else is a defect of ours
+and keeps its traceback.
+"""
+
+
+class ICAEError(Exception):
+    """Something in the input, a file or a setting is wrong, and the message says how to mend it."""

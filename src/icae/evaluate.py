@@ -1,0 +1,131 @@
+"""Held-out figures of a model: how well slots are read back, continued, and asked.
+
+Each function draws its samples from (seed, length) alone, so that two models, or two machines, are measured on the same texts. What is
+measured goes through the same `compress_ids`, `reconstruct_ids` and `answers` that the command line and the server call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from icae.data import Corpus
+from icae.errors import ICAEError
+from icae.metrics import bleu, exact_match, interval, perplexity
+from icae.model import ICAE
+from icae.objectives import Example, Marker
+from icae.slots import MemorySlots
+
+Progress = Callable[[int, int], None]
+
+
+def autoencoding(
+    model: ICAE,
+    corpus: Corpus,
+    *,
+    lengths: Sequence[int],
+    samples: int,
+    ratio: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Measure reconstruction at each length.
+
+    Returns
+    -------
+    list of dict
+        For each length: `loss` (mean cross-entropy of the text's tokens under teacher forcing, nats a token), `token_accuracy` (the
+        same, share of likeliest tokens), `bleu` and `exact_match` (means over generated texts), their medians and quartiles, and the
+        bootstrap 95% interval of the mean BLEU.
+    """
+    rows = []
+    for at, length in enumerate(lengths):
+        chance = np.random.default_rng([seed, length])
+        contexts = [corpus.window(chance, length) for _ in range(samples)]
+        made: list[list[int]] = []
+        scores, counts = [], []
+        for start in range(0, samples, batch_size):
+            part = contexts[start : start + batch_size]
+            slots = model.compress_ids(part, ratio=ratio)
+            counts += [s.count for s in slots]
+            scores += [score_reconstruction(model, s, ids) for s, ids in zip(slots, part, strict=True)]
+            made += model.reconstruct_ids(slots, batch_size=batch_size)
+            if progress is not None:
+                progress(at * samples + len(made), len(lengths) * samples)
+        bleus = [bleu(model.base.decode(m), model.base.decode(c)) for m, c in zip(made, contexts, strict=True)]
+        matches = [exact_match(m, c) for m, c in zip(made, contexts, strict=True)]
+        rows.append(
+            {
+                "length": length,
+                "ratio": length / np.mean(counts),
+                "samples": samples,
+                "loss": float(np.mean([nll for nll, _ in scores])),
+                "token_accuracy": float(np.mean([hits for _, hits in scores])),
+                "bleu": float(np.mean(bleus)),
+                "bleu_interval": interval(bleus),
+                "bleu_quartiles": np.percentile(bleus, [25, 50, 75]).tolist(),
+                "exact_match": float(np.mean(matches)),
+                "exact_match_quartiles": np.percentile(matches, [25, 50, 75]).tolist(),
+            }
+        )
+    return rows
+
+
+def score_reconstruction(model: ICAE, slots: MemorySlots, context: Sequence[int]) -> tuple[float, float]:
+    """Return (mean cross-entropy in nats, token accuracy) of a context under teacher forcing, each segment from its own slots."""
+    if slots.tokens != len(context):
+        raise ICAEError(f"the slots stand for {slots.tokens} tokens, the text has {len(context)}; it is not the text they were made from")
+    parts, begin = slots.split(), 0
+    examples = []
+    for part in parts:
+        examples.append(Example([], Marker.AE, [], list(context[begin : begin + part.tokens])))
+        begin += part.tokens
+    scores = [s for i in range(0, len(parts), 8) for s in model.score(parts[i : i + 8], examples[i : i + 8])]
+    nll = np.concatenate([s.nll.numpy() for s in scores])
+    hits = np.concatenate([s.hits.numpy() for s in scores])
+    return float(nll.mean()), float(hits.mean())
+
+
+def continuation(
+    model: ICAE,
+    corpus: Corpus,
+    *,
+    length: int,
+    target: int,
+    samples: int,
+    ratio: int | None = None,
+    seed: int = 0,
+    batch_size: int = 4,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the perplexity of what follows a context: given as text, as slots, or not at all (the paper's Table 1).
+
+    Returns
+    -------
+    dict
+        `ppl_text`, `ppl_slots`, `ppl_none`, and `slots_over_text`, over the same tokens: all of the target but its first, which from
+        nothing could only be guessed.
+    """
+    chance = np.random.default_rng([seed, length, target])
+    lead = model.base.lead
+    nll: dict[str, list[float]] = {"text": [], "slots": [], "none": []}
+    for at in range(0, samples, batch_size):
+        windows = [corpus.window(chance, length + target) for _ in range(min(batch_size, samples - at))]
+        contexts, follows = [w[:length] for w in windows], [w[length:] for w in windows]
+        slots = model.compress_ids(contexts, ratio=ratio)
+        sides = {
+            "text": model.score(
+                None, [Example([], Marker.LM, lead + c, f, 1) for c, f in zip(contexts, follows, strict=True)], marked=False
+            ),
+            "slots": model.score(slots, [Example([], Marker.LM, [], f, 1) for f in follows]),
+            "none": model.score(None, [Example([], Marker.LM, lead, f, 1) for f in follows], marked=False),
+        }
+        for name, scores in sides.items():
+            nll[name] += [x for s in scores for x in s.nll.tolist()]
+        if progress is not None:
+            progress(at + len(windows), samples)
+    ppl = {f"ppl_{name}": perplexity(values) for name, values in nll.items()}
+    return {"length": length, "target": target, "samples": samples, **ppl, "slots_over_text": ppl["ppl_slots"] / ppl["ppl_text"]}

@@ -1,0 +1,458 @@
+"""ICAE: the base, its encoder and its decoder behind a few verbs. Training, evaluation, command line and server all go through here.
+
+compress   text(s) -> MemorySlots         reconstruct     slots -> the text
+                                          continue_text   slots -> what follows
+                                          answer          slots, prompt -> response
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from icae.base import Base
+from icae.chat import chat_prompt, full_text
+from icae.config import ICAEConfig
+from icae.decoder import Decoder
+from icae.encoder import Encoder
+from icae.errors import ICAEError
+from icae.objectives import Example, Marker, collate, padded
+from icae.segments import cut
+from icae.slots import MemorySlots, Origin, SlotBatch
+
+Slots = MemorySlots | Sequence[MemorySlots]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How generation chooses tokens."""
+
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a target was predicted, token by token."""
+
+    nll: Tensor
+    """(tokens,) float32: negative log-likelihood, in nats."""
+    hits: Tensor
+    """(tokens,) bool: the token was the likeliest."""
+
+
+class ICAE(nn.Module):
+    """An in-context autoencoder (arXiv 2307.06945): a LoRA encoder that writes memory slots, and the frozen base that reads them.
+
+    Trainable are exactly the LoRA matrices, the memory token and the markers (the AE, LM and FT vectors).
+    """
+
+    def __init__(self, base: Base, config: ICAEConfig):
+        super().__init__()
+        self.base = base
+        self.config = config.replace(base=base.name, base_fingerprint=base.fingerprint)
+        self.encoder = Encoder(base, self.config)
+        self.decoder = Decoder(base)
+        bos = base.tokenizer.bos_token_id
+        start = base.embed(torch.tensor([base.eos_ids[0] if bos is None else bos], device=base.device)).detach().float()
+        self.markers = nn.Parameter(start.repeat(len(Marker), 1))
+        self.encoder.memory.data = self.encoder.memory.data.float()
+        self._adapter_hash: str | None = None
+
+    # ---- files ----
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | None = None, *, base: Base | str | None = None, device: str = "cpu", **kwargs: Any) -> ICAE:
+        """Load a checkpoint.
+
+        Parameters
+        ----------
+        path : str or Path, optional
+            A checkpoint folder, the name of an adapter that ships, or a Hub id; none: the default adapter.
+        base : Base or str, optional
+            The base to put it on; none: the one its config names.
+        device, **kwargs
+            As for `load_base`.
+
+        Raises
+        ------
+        ICAEError
+            If a file is missing or damaged, or the base is not the one the adapter was trained on.
+        """
+        from icae.checkpoint import load_checkpoint
+
+        return load_checkpoint(cls, path, base=base, device=device, **kwargs)
+
+    def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None, card: str | None = None) -> None:
+        """Write the adapter to a folder (checkpoint.py tells its files); the base is not copied."""
+        from icae.checkpoint import save_checkpoint
+
+        save_checkpoint(self, Path(path), dtype=dtype, card=card)
+
+    def push_to_hub(self, repository: str, **kwargs: Any) -> str:
+        """Upload the adapter to the Hugging Face Hub and return its address; keyword arguments go to `HfApi.upload_folder`."""
+        from icae.checkpoint import push_checkpoint
+
+        return push_checkpoint(self, repository, **kwargs)
+
+    @property
+    def origin(self) -> Origin:
+        """What goes into slots to say who made them."""
+        c = self.config
+        if self._adapter_hash is None or self.training:
+            sha = hashlib.sha256()
+            for name, tensor in sorted(self.adapter_tensors().items()):
+                sha.update(f"{name} {tuple(tensor.shape)}".encode())
+                sha.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+            self._adapter_hash = sha.hexdigest()
+        return Origin(c.kind, c.ratio, c.layout, c.base, c.base_fingerprint, self._adapter_hash)
+
+    def train(self, mode: bool = True) -> ICAE:
+        """Switch between training and use (`torch.nn.Module.train`); what is trained gets a new hash."""
+        if mode:
+            self.forget_hash()
+        return super().train(mode)
+
+    def forget_hash(self) -> None:
+        """Have the adapter's hash computed anew, after its tensors changed."""
+        self._adapter_hash = None
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return all that is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    # ---- training ----
+
+    def forward(
+        self,
+        segment_ids: Tensor,
+        lengths: list[int],
+        groups: list[list[int]],
+        markers: Tensor,
+        text_ids: Tensor,
+        real: Tensor,
+        scored: Tensor,
+        ratio: int | None = None,
+        teacher: dict[str, Tensor] | None = None,
+        distil: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """Return the loss of one batch from `objectives.collate`: the mean over samples of the mean over their scored tokens.
+
+        `distil` is the share of a taught sample's loss that compares distributions instead of tokens (see `_divergence`).
+        """
+        slots = self._encode(segment_ids, lengths, groups, ratio)
+        logits, keep = self._target_logits(slots, markers, text_ids, real, scored)
+        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), text_ids[:, keep].flatten(), reduction="none")
+        wanted = scored[:, keep]
+        losses = _means(nll.view(wanted.shape) * wanted, wanted)
+        if teacher is not None and distil:
+            rows = teacher["rows"]
+            taught = self._divergence(logits[rows], wanted[rows], teacher)
+            losses = losses.index_copy(0, rows, (1 - distil) * losses[rows] + distil * taught)
+        return {"loss": losses.mean()}
+
+    def _divergence(self, logits: Tensor, wanted: Tensor, teacher: dict[str, Tensor]) -> Tensor:
+        """Return KL(base with the full text || base with the slots) in nats a token, a row: the mean over its scored tokens.
+
+        Knowledge distillation (arXiv 1503.02531) at temperature 1, as context distillation (arXiv 2112.00861) uses it: what the slots
+        should do is what the text would have done. The teacher is the frozen base, so no gradient goes there.
+        """
+        theirs = teacher["scored"]
+        keep = theirs.any(0).nonzero()[:, 0]
+        with torch.no_grad():
+            places = torch.arange(theirs.shape[1] - 1, device=theirs.device).expand(len(theirs), -1)
+            inputs = self.base.embed(teacher["ids"][:, :-1])
+            said = self.decoder.logits(None, inputs, places, teacher["real"][:, :-1], keep - 1)[theirs[:, keep]]
+        mine = logits[wanted]
+        kl = nn.functional.kl_div(mine.float().log_softmax(-1), said.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return _means(torch.zeros(wanted.shape, device=kl.device).masked_scatter(wanted, kl), wanted)
+
+    def _encode(self, segment_ids: Tensor, lengths: list[int], groups: list[list[int]], ratio: int | None) -> SlotBatch:
+        slots = self.encoder(segment_ids, lengths, ratio)
+        return slots.regroup(groups, Origin(self.config.kind, 0, self.config.layout, "", "", ""))
+
+    def _target_logits(
+        self, slots: SlotBatch | None, markers: Tensor, text_ids: Tensor, real: Tensor, scored: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Read [marker, text without its last token] after the slots; return logits (B, kept, V) and the kept places of the text."""
+        inputs = torch.cat([self.markers[markers][:, None].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
+        start = torch.stack([self._start(slots, b, int(m)) for b, m in enumerate(markers)]).to(text_ids.device)
+        places = start[:, None] + torch.arange(text_ids.shape[1], device=text_ids.device)
+        keep = scored.any(0).nonzero()[:, 0]
+        return self.decoder.logits(slots, inputs, places, real, keep), keep
+
+    def _start(self, slots: SlotBatch | None, row: int, marker: int) -> Tensor:
+        """Return the marker's position id: [AE] where the layout puts it, [LM] and [FT] after the slots."""
+        if slots is None:
+            return torch.tensor(0)
+        if marker == Marker.AE and self.config.layout == "spread":
+            return torch.tensor(0)
+        return torch.tensor(sum(s.span for s in slots.segments[row]))
+
+    # ---- writing slots ----
+
+    @overload
+    def compress(self, texts: str, **kwargs: Any) -> MemorySlots: ...
+    @overload
+    def compress(self, texts: Sequence[str], **kwargs: Any) -> list[MemorySlots]: ...
+    def compress(self, texts: str | Sequence[str], **kwargs: Any) -> MemorySlots | list[MemorySlots]:
+        """Compress a text, or several, into memory slots; keyword arguments as for `compress_ids`."""
+        if isinstance(texts, str):
+            return self.compress_ids([self.base.encode(texts)], **kwargs)[0]
+        return self.compress_ids([self.base.encode(t) for t in texts], **kwargs)
+
+    @torch.no_grad()
+    def compress_ids(
+        self,
+        contexts: Sequence[list[int]],
+        *,
+        ratio: int | None = None,
+        batch_size: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[MemorySlots]:
+        """Compress contexts given as token ids.
+
+        Parameters
+        ----------
+        contexts : sequence of list of int
+            Each of at least two tokens; long ones are cut into segments.
+        ratio : int, optional
+            Context tokens a slot; none: the checkpoint's own.
+        batch_size : int
+            Segments encoded at once.
+        progress : callable, optional
+            Called with (segments done, segments in all).
+
+        Raises
+        ------
+        ICAEError
+            If a context has fewer than two tokens, or the ratio is below 1.
+        """
+        ratio = self.config.ratio if ratio is None else ratio
+        if ratio < 1:
+            raise ICAEError(f"ratio must be at least 1, got {ratio}; 4 keeps about everything, 16 the gist")
+        for ids in contexts:
+            if len(ids) < 2:
+                raise ICAEError(f"a context needs at least two tokens, this one has {len(ids)}; give a longer text")
+        self.eval()
+        bounds = [cut(len(ids), self.config.segment_length) for ids in contexts]
+        rows = [ids[a:b] for ids, cuts in zip(contexts, bounds, strict=True) for a, b in cuts]
+        origin, made = Origin(**{**self.origin.__dict__, "ratio": ratio}), []
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
+        for at in range(0, len(rows), batch_size):
+            batch = [rows[i] for i in order[at : at + batch_size]]
+            made += self.encoder(padded(batch).to(self.base.device), [len(r) for r in batch], ratio).rows(origin)
+            if progress is not None:
+                progress(len(made), len(rows))
+        back = dict(zip(order, made, strict=True))
+        numbers = iter(range(len(rows)))
+        return [MemorySlots.concatenate([back[next(numbers)] for _ in cuts]) for cuts in bounds]
+
+    # ---- reading slots ----
+
+    def reconstruct(self, slots: Slots, *, batch_size: int = 16) -> Any:
+        """Give the text back: a string, or a list of strings for several slots (greedy)."""
+        many = [slots] if isinstance(slots, MemorySlots) else list(slots)
+        texts = [self.base.decode(ids) for ids in self.reconstruct_ids(many, batch_size=batch_size)]
+        return texts[0] if isinstance(slots, MemorySlots) else texts
+
+    def reconstruct_ids(self, slots: Sequence[MemorySlots], *, batch_size: int = 16) -> list[list[int]]:
+        """Give token ids back. Every segment is read back alone, from its own slots, many at a time; each at most as long as it was."""
+        for s in slots:
+            self.check(s)
+        parts = [part for s in slots for part in s.split()]
+        made: list[list[int]] = []
+        for at in range(0, len(parts), batch_size):
+            rows = parts[at : at + batch_size]
+            made += self._collect(rows, [[]] * len(rows), Marker.AE, [p.tokens for p in rows], GREEDY)
+        numbers = iter(made)
+        return [[i for _ in s.segments for i in next(numbers)] for s in slots]
+
+    def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:
+        """Continue the text that the slots stand for."""
+        return "".join(self.stream_continuation(slots, max_new_tokens=max_new_tokens, sampling=sampling))
+
+    def answer(self, slots: MemorySlots | None, prompt: str, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> str:
+        """Respond to a prompt about the text that the slots stand for; without slots, as the base alone would."""
+        return "".join(self.stream_answer(slots, prompt, max_new_tokens=max_new_tokens, sampling=sampling)).strip()
+
+    def answer_text(self, text: str, prompt: str, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> str:
+        """Respond to a prompt about a full text, uncompressed, as the base alone does; for comparison."""
+        return self.answer(None, full_text(text, prompt), max_new_tokens=max_new_tokens, sampling=sampling)
+
+    def answers(
+        self, slots: Sequence[MemorySlots] | None, prompts: Sequence[str], *, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+    ) -> list[str]:
+        """Respond to several prompts in one batch, each with its own slots; without slots, as the base alone would."""
+        ids = [chat_prompt(self.base.tokenizer, p) for p in prompts]
+        made = self._collect(slots, ids, None if slots is None else Marker.FT, [max_new_tokens] * len(ids), sampling)
+        return [self.base.decode(row).strip() for row in made]
+
+    def stream_reconstruction(self, slots: MemorySlots) -> Iterator[str]:
+        """Return the text read back, piece by piece, one segment after the other."""
+        self.check(slots)
+        return self._pieces(i for part in slots.split() for i in self._ids(part, [], Marker.AE, part.tokens, GREEDY))
+
+    def stream_continuation(
+        self, slots: MemorySlots | None, *, begun: Sequence[int] = (), max_new_tokens: int = 128, sampling: Sampling = GREEDY
+    ) -> Iterator[str]:
+        """Return a continuation piece by piece; what is wrong is raised at once.
+
+        `begun` are ids that already follow the slots' text; without slots they are all that the base reads.
+        """
+        return self._stream(slots, list(begun), None if slots is None else Marker.LM, max_new_tokens, sampling)
+
+    def stream_answer(
+        self,
+        slots: MemorySlots | None,
+        prompt: str,
+        *,
+        history: list[dict[str, str]] | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[str]:
+        """Return a response piece by piece; `history` holds earlier turns as chat messages."""
+        marker = None if slots is None else Marker.FT
+        return self._stream(slots, chat_prompt(self.base.tokenizer, prompt, history), marker, max_new_tokens, sampling)
+
+    def _stream(self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling) -> Iterator[str]:
+        """Check now, and return what is generated for one row, as text."""
+        if slots is not None:
+            self.check(slots)
+        return self._pieces(self._ids(slots, prompt, marker, limit, sampling))
+
+    def _ids(self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling) -> Iterator[int]:
+        """Yield what is generated for one row, as ids."""
+        for (new,) in self._generate(None if slots is None else [slots], [prompt], marker, [limit], sampling):
+            if new is None:
+                return
+            yield new
+
+    def _pieces(self, stream: Iterable[int]) -> Iterator[str]:
+        """Turn ids into text as soon as its characters are whole; what was said last is decoded again, for the spaces' sake."""
+        said: list[int] = []
+        new: list[int] = []
+        for i in stream:
+            new.append(i)
+            piece = self.base.decode(said + new)[len(self.base.decode(said)) :]
+            if not piece.endswith("\ufffd"):
+                yield piece
+                said, new = new, []
+        if new:
+            yield self.base.decode(said + new)[len(self.base.decode(said)) :]
+
+    def _collect(
+        self, slots: Sequence[MemorySlots] | None, prompts: list[list[int]], marker: Marker | None, limits: list[int], sampling: Sampling
+    ) -> list[list[int]]:
+        made: list[list[int]] = [[] for _ in prompts]
+        for step in self._generate(slots, prompts, marker, limits, sampling):
+            for row, new in zip(made, step, strict=True):
+                if new is not None:
+                    row.append(new)
+        return made
+
+    def _generate(
+        self,
+        slots: Sequence[MemorySlots] | None,
+        prompts: list[list[int]],
+        marker: Marker | None,
+        limits: list[int],
+        sampling: Sampling,
+    ) -> Iterator[list[int | None]]:
+        """Read slots, marker and prompts, then generate; without a marker, the prompts alone, as the base reads them."""
+        for s in slots or []:
+            self.check(s)
+        batch = None if slots is None else SlotBatch.pad([s.to(self.base.device) for s in slots])
+        lead = 0 if marker is None else 1
+        lengths = [len(p) + lead for p in prompts]
+        text = padded([p or [0] for p in prompts])[:, : max(map(len, prompts))].to(self.base.device)
+        inputs = self.base.embed(text)
+        starts = torch.zeros(len(prompts), dtype=torch.long)
+        if marker is not None:
+            inputs = torch.cat([self.markers[int(marker)].to(inputs.dtype).expand(len(prompts), 1, -1), inputs], 1)
+            starts = torch.stack([self._start(batch, b, marker) for b in range(len(prompts))])
+        self._fits(int(starts.max()) + max(lengths), max(limits))
+        steps = torch.arange(max(lengths), device=self.base.device)
+        real = steps[None] < torch.tensor(lengths, device=self.base.device)[:, None]
+        return self.decoder.generate(
+            batch,
+            inputs.detach(),
+            starts.to(self.base.device)[:, None] + steps,
+            real,
+            limits,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+
+    @torch.no_grad()
+    def score(self, slots: Sequence[MemorySlots] | None, examples: Sequence[Example], *, marked: bool = True) -> list[Score]:
+        """Score each example's target, read from its slots (or from its own prompt alone, where `slots` is none).
+
+        Parameters
+        ----------
+        slots : sequence of MemorySlots, optional
+            One for each example; the examples' own segments are not looked at.
+        examples : sequence of Example
+            Marker, prompt and target.
+        marked : bool
+            Begin with the marker; false: with the prompt, as the base reads text.
+        """
+        self.eval()
+        batch = None if slots is None else SlotBatch.pad([s.to(self.base.device) for s in slots])
+        data: Any = collate(list(examples))
+        markers, text, real, scored = (data[name].to(self.base.device) for name in ("markers", "text_ids", "real", "scored"))
+        if marked:
+            logits, keep = self._target_logits(batch, markers, text, real, scored)
+        else:
+            keep = scored.any(0).nonzero()[:, 0]
+            places = torch.arange(text.shape[1] - 1, device=text.device).expand(len(text), -1)
+            logits = self.decoder.logits(None, self.base.embed(text[:, :-1]), places, real[:, 1:], keep - 1)
+        labels, wanted = text[:, keep], scored[:, keep]
+        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+        hits = logits.argmax(-1) == labels
+        return [Score(n[w].cpu(), h[w].cpu()) for n, h, w in zip(nll, hits, wanted, strict=True)]
+
+    def check(self, slots: MemorySlots) -> None:
+        """Raise `ICAEError` for slots that this model cannot read: of another base, adapter, kind or layout."""
+        mine, theirs = self.origin, slots.origin
+        if theirs.base_fingerprint != mine.base_fingerprint:
+            raise ICAEError(
+                f"these slots were made on base {theirs.base!r} ({theirs.base_fingerprint[:12]}), this model runs "
+                f"{mine.base!r} ({mine.base_fingerprint[:12]}); compress the text again, or load that base"
+            )
+        for name in ("kind", "layout"):
+            if getattr(theirs, name) != getattr(mine, name):
+                raise ICAEError(
+                    f"these slots are of {name} {getattr(theirs, name)!r}, this model reads {getattr(mine, name)!r}; "
+                    "give the checkpoint that made them (--model)"
+                )
+        if theirs.adapter != mine.adapter:
+            raise ICAEError(
+                f"these slots were made by another adapter ({theirs.adapter[:12]}, this is {mine.adapter[:12]}); "
+                "give the checkpoint that made them (--model)"
+            )
+
+    def _fits(self, used: int, wanted: int) -> None:
+        """Refuse what the base has no positions for."""
+        if used + wanted > self.base.max_positions:
+            raise ICAEError(
+                f"slots and prompt take {used} positions and the response {wanted} more, but {self.config.base} has "
+                f"{self.base.max_positions}; shorten the prompt, the context or max_new_tokens"
+            )
+
+
+def _means(values: Tensor, wanted: Tensor) -> Tensor:
+    """Return each row's mean over its wanted places; what is not wanted must be 0."""
+    return values.sum(1) / wanted.sum(1).clamp(min=1)

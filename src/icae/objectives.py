@@ -1,0 +1,117 @@
+"""The three objectives: token ids -> (context, marker, prompt, target). Pure functions on lists; collating makes the only tensors.
+
+    autoencoding   slots [AE]                -> the context itself (+ EOS)            ICAE, arXiv 2307.06945, section 2.2
+    continuation   slots [LM]                -> what follows the context
+    instruction    slots [FT] chat prompt    -> the response + the template's end     section 2.3
+
+The prompt and the response come from chat.py. A response may also be learned from what the base itself would say next with the full
+text before it: then the sample carries that text as its `teacher`.
+
+The loss of a sample is the mean over its scored target tokens, and that of a batch the mean over its samples, so that a batch cut
+over processes or accumulation steps has the same loss. lambda of the paper is the share of samples that autoencode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from icae.segments import cut
+
+
+class Marker(IntEnum):
+    """Row of the learned vector that tells the decoder what to do with the slots."""
+
+    AE = 0
+    LM = 1
+    FT = 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample."""
+
+    segments: list[list[int]]
+    """Context ids, cut."""
+    marker: Marker
+    prompt: list[int]
+    """Ids between the marker and the target; no loss reads them."""
+    target: list[int]
+    unscored: int = 0
+    """First tokens of the target that no loss reads."""
+    ratio: int | None = None
+    """Compression ratio, the same for all samples of a batch; none: the checkpoint's own."""
+    teacher: list[int] = field(default_factory=list)
+    """The prompt with the full text in it, for the base alone to read before the target; empty: nobody teaches."""
+
+
+def pieces(context: list[int], segment_length: int) -> list[list[int]]:
+    """Cut context ids into segments."""
+    return [context[a:b] for a, b in cut(len(context), segment_length)]
+
+
+def autoencoding(context: list[int], segment_length: int, eos: int | None) -> Example:
+    """Give the text back; ends with `eos` where one is given."""
+    return Example(pieces(context, segment_length), Marker.AE, [], context + ([] if eos is None else [eos]))
+
+
+def continuation(context: list[int], following: list[int], segment_length: int, unscored: int = 0) -> Example:
+    """Continue the text with `following`, of which the first `unscored` tokens are read but not scored."""
+    return Example(pieces(context, segment_length), Marker.LM, [], following, unscored)
+
+
+def instruction(context: list[int], prompt: list[int], response: list[int], segment_length: int) -> Example:
+    """Answer a prompt; `prompt` and `response` come from `chat_prompt` and `chat_response`."""
+    return Example(pieces(context, segment_length), Marker.FT, prompt, response)
+
+
+def collate(examples: list[Example]) -> dict[str, object]:
+    """Put examples into one batch of tensors, as `ICAE.forward` takes it.
+
+    A segment that several contexts share is encoded once.
+
+    Returns
+    -------
+    dict
+        segment_ids (S, L) int64 and lengths (S), all different segments; groups (B), the segments of each context; markers (B);
+        text_ids (B, T) int64, prompt and target; real (B, T) and scored (B, T) bool; ratio. Where samples have a teacher, `teacher`
+        holds their rows (R) and, like the text, ids, real and scored, each (R, U).
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    groups = [[numbers.setdefault(tuple(segment), len(numbers)) for segment in e.segments] for e in examples]
+    text_ids, real, scored = _texts([(e.prompt, e.target, e.unscored) for e in examples])
+    batch: dict[str, object] = {
+        "markers": torch.tensor([int(e.marker) for e in examples]),  # first: Trainer takes its length for the batch's
+        "segment_ids": padded([list(segment) for segment in numbers]),
+        "lengths": [len(segment) for segment in numbers],
+        "groups": groups,
+        "text_ids": text_ids,
+        "real": real,
+        "scored": scored,
+        "ratio": examples[0].ratio,
+    }
+    if rows := [b for b, e in enumerate(examples) if e.teacher]:
+        ids, real, scored = _texts([(examples[b].teacher, examples[b].target, examples[b].unscored) for b in rows])
+        batch["teacher"] = {"rows": torch.tensor(rows), "ids": ids, "real": real, "scored": scored}
+    return batch
+
+
+def _texts(rows: list[tuple[list[int], list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (prompt, target, unscored) rows as ids, which of them are real, and which are scored."""
+    width = max(len(prompt) + len(target) for prompt, target, _ in rows)
+    ids, real, scored = (torch.zeros(len(rows), width, dtype=t) for t in (torch.long, torch.bool, torch.bool))
+    for b, (prompt, target, unscored) in enumerate(rows):
+        end = len(prompt) + len(target)
+        ids[b, :end] = torch.tensor(prompt + target)
+        real[b, :end] = True
+        scored[b, len(prompt) + unscored : end] = True
+    return ids, real, scored
+
+
+def padded(rows: list[list[int]]) -> Tensor:
+    """Return rows of ids as one (rows, longest) int64 tensor, padded with 0 on the right."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])

@@ -1,0 +1,279 @@
+"""Responses to prompts about contexts, measured: what slots answer beside the full text, shortened text, and nothing.
+
+Everything goes through the same `compress_ids` and `answers` that the command line and the server call. A figure is a mean over
+questions; a difference between two sides is taken question by question, and its interval is a bootstrap over those differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from icae.baselines import cut_off, delete_by_surprise
+from icae.chat import full_text
+from icae.errors import ICAEError
+from icae.metrics import interval, rouge1, token_f1
+from icae.model import ICAE
+from icae.slots import MemorySlots
+from icae.triples import Triple
+
+Progress = Callable[[int, int], None]
+SIDES = ("text", "slots", "none", "cut", "deleted")
+PLACES = ("start", "middle", "end")
+_FILLERS = 64
+"""Different paragraphs that `places` puts around questions, so that their slots are made once."""
+
+
+def qa(
+    model: ICAE,
+    triples: Sequence[Triple],
+    *,
+    sides: Sequence[str] = SIDES,
+    ratio: int | None = None,
+    max_new_tokens: int = 48,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask every question from each side.
+
+    Parameters
+    ----------
+    sides : sequence of str
+        Among `text` (the base with the full text), `slots`, `none` (the question alone), and, with as many tokens as there are slots,
+        `cut` (the text's beginning) and `deleted` (its tokens that surprise the base most).
+
+    Returns
+    -------
+    dict
+        `n`, `budget` (mean slots a context); for each side `f1_*` and `rouge1_*` (means, best over the answers) and `f1_*_interval`;
+        for each other side `f1_slots_minus_*` and its interval, paired; intervals are bootstrap 95%.
+    list of dict
+        One row a question: `prompt`, `answers`, and each side's response.
+
+    Raises
+    ------
+    ICAEError
+        If a side is unknown.
+    """
+    if not sides or not set(sides) <= set(SIDES):
+        raise ICAEError(f"sides must be some of {', '.join(SIDES)}, got {', '.join(sides)}")
+    base = model.base
+    rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
+    counts: list[int] = []
+    for chosen in _batches([len(t.context) for t in triples], batch_size):
+        part = [triples[i] for i in chosen]
+        contexts, prompts = [base.encode(t.context) for t in part], [t.prompt for t in part]
+        slots = model.compress_ids(contexts, ratio=ratio) if {"slots", "cut", "deleted"} & set(sides) else []
+        counts += [s.count for s in slots]
+        for side in sides:
+            texts: list[str] = []
+            if side == "text":
+                texts = [t.context for t in part]
+            elif side == "cut":
+                texts = [base.decode(cut_off(c, s.count)) for c, s in zip(contexts, slots, strict=True)]
+            elif side == "deleted":
+                texts = [base.decode(delete_by_surprise(base, c, s.count)) for c, s in zip(contexts, slots, strict=True)]
+            asked = [full_text(c, p) for c, p in zip(texts, prompts, strict=True)] if texts else prompts
+            made = model.answers(slots if side == "slots" else None, asked, max_new_tokens=max_new_tokens)
+            for i, response in zip(chosen, made, strict=True):
+                rows[i][side] = response
+        if progress is not None:
+            progress(sum(sides[-1] in row for row in rows), len(rows))
+    results: dict[str, Any] = {"n": len(rows)} | ({"budget": float(np.mean(counts))} if counts else {})
+    return results | _figures(rows, triples, sides), rows
+
+
+def documents(
+    model: ICAE,
+    triples: Sequence[Triple],
+    *,
+    count: int = 2,
+    ratio: int | None = None,
+    max_new_tokens: int = 48,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask every question from its own document's slots, and from several documents' slots, made alone and then joined.
+
+    Returns
+    -------
+    dict
+        `n`, `documents`; `f1_one`, `f1_several` (and `rouge1_*`, `*_interval`); `several_over_one`, the share that is left; and by
+        where the asked document stood among the others, `f1_first` and `f1_last`.
+    list of dict
+        One row a question.
+
+    Raises
+    ------
+    ICAEError
+        If the triples have fewer different contexts than documents are asked for.
+    """
+    chance = np.random.default_rng([seed, 5])
+    mixed = []
+    for t in triples:
+        texts = _others(triples, t, chance, count - 1)
+        at = int(chance.integers(count))
+        mixed.append((at, [*texts[:at], t.context, *texts[at:]]))
+    rows: list[dict[str, Any]] = [
+        {"prompt": t.prompt, "answers": list(t.answers), "place": at} for t, (at, _) in zip(triples, mixed, strict=True)
+    ]
+    for chosen in _batches([sum(map(len, texts)) for _, texts in mixed], batch_size):
+        parts = model.compress([text for i in chosen for text in mixed[i][1]], ratio=ratio)
+        grouped = [parts[n * count : (n + 1) * count] for n in range(len(chosen))]
+        sides = {
+            "one": [group[mixed[i][0]] for i, group in zip(chosen, grouped, strict=True)],
+            "several": [MemorySlots.concatenate(group) for group in grouped],
+        }
+        for side, slots in sides.items():
+            made = model.answers(slots, [triples[i].prompt for i in chosen], max_new_tokens=max_new_tokens)
+            for i, response in zip(chosen, made, strict=True):
+                rows[i][side] = response
+        if progress is not None:
+            progress(sum("several" in row for row in rows), len(rows))
+    results = {"n": len(rows), "documents": count} | _figures(rows, triples, ("one", "several"))
+    results["several_over_one"] = results["f1_several"] / max(results["f1_one"], 1e-9)
+    for name, place in (("first", 0), ("last", count - 1)):
+        here = [token_f1(row["several"], row["answers"]) for row in rows if row["place"] == place]
+        results[f"f1_{name}"] = float(np.mean(here)) if here else None
+    return results, rows
+
+
+def places(
+    model: ICAE,
+    triples: Sequence[Triple],
+    *,
+    length: int = 2048,
+    whole: bool = False,
+    sides: Sequence[str] = ("slots",),
+    ratio: int | None = None,
+    max_new_tokens: int = 48,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ask every question from many paragraphs, with the one that answers it at the start, in the middle, and at the end.
+
+    Parameters
+    ----------
+    length : int
+        Tokens of all paragraphs together; the last of the others is cut short to fit.
+    whole : bool
+        Compress the paragraphs joined to one text, as `icae compress` would; false: each alone, their slots joined, as after retrieval.
+
+    Returns
+    -------
+    dict
+        `n`, `length`, `whole`; for each side (`slots`, `text`) and place `f1_SIDE_PLACE` (and `rouge1_*`, `*_interval`), and
+        `worst_over_best_SIDE`.
+    list of dict
+        One row a question.
+
+    Raises
+    ------
+    ICAEError
+        If a side is unknown, or the paragraphs do not fill the length.
+    """
+    if not sides or not set(sides) <= {"slots", "text"}:
+        raise ICAEError(f"sides must be slots, text or both, got {', '.join(sides)}")
+    base, gap = model.base, model.base.encode("\n\n")
+    rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
+    contexts = list(dict.fromkeys(t.context for t in triples))
+    chance = np.random.default_rng([seed, 6])
+    pool = [base.encode(contexts[int(i)]) for i in chance.permutation(len(contexts))[:_FILLERS]]
+    made_once: dict[tuple[int, ...], MemorySlots] = {}
+    names = [f"{side}_{place}" for side in sides for place in PLACES]
+
+    def joined(parts: list[list[int]]) -> list[int]:
+        return [i for n, part in enumerate(parts) for i in ((gap if n else []) + part)]
+
+    def compressed(parts: list[list[int]]) -> MemorySlots:
+        if whole:
+            return model.compress_ids([joined(parts)], ratio=ratio)[0]
+        new = [p for p in parts if tuple(p) not in made_once]
+        fresh = dict(zip(map(tuple, new), model.compress_ids(new, ratio=ratio), strict=True)) if new else {}
+        made_once.update({key: s for key, s in fresh.items() if list(key) in pool})
+        return MemorySlots.concatenate([fresh[tuple(p)] if tuple(p) in fresh else made_once[tuple(p)] for p in parts])
+
+    for chosen in _batches([len(t.context) for t in triples], batch_size):
+        prompts = [triples[i].prompt for i in chosen]
+        own = [base.encode(triples[i].context)[:length] for i in chosen]
+        around = [_filler(pool, mine, np.random.default_rng([seed, 7, i]), length) for i, mine in zip(chosen, own, strict=True)]
+        for place in PLACES:
+            ats = [{"start": 0, "middle": len(others) // 2, "end": len(others)}[place] for others in around]
+            parts = [[*o[:at], mine, *o[at:]] for at, mine, o in zip(ats, own, around, strict=True)]
+            for side in sides:
+                if side == "slots":
+                    made = model.answers([compressed(p) for p in parts], prompts, max_new_tokens=max_new_tokens)
+                else:
+                    asked = [full_text(base.decode(joined(p)), q) for p, q in zip(parts, prompts, strict=True)]
+                    made = model.answers(None, asked, max_new_tokens=max_new_tokens)
+                for i, response in zip(chosen, made, strict=True):
+                    rows[i][f"{side}_{place}"] = response
+        if progress is not None:
+            progress(sum(names[-1] in row for row in rows), len(rows))
+    results: dict[str, Any] = {"n": len(rows), "length": length, "whole": whole} | _figures(rows, triples, names)
+    for side in sides:
+        found = [results[f"f1_{side}_{place}"] for place in PLACES]
+        results[f"worst_over_best_{side}"] = min(found) / max(*found, 1e-9)
+    return results, rows
+
+
+def drawn(triples: Sequence[Triple], samples: int | None, seed: int) -> list[Triple]:
+    """Return `samples` of the triples, drawn by `seed`, in their order; none: all."""
+    if samples is None or samples >= len(triples):
+        return list(triples)
+    chosen = np.random.default_rng([seed, 4]).choice(len(triples), samples, replace=False)
+    return [triples[int(i)] for i in sorted(chosen)]
+
+
+def _figures(rows: Sequence[dict[str, Any]], triples: Sequence[Triple], sides: Sequence[str]) -> dict[str, Any]:
+    """Return means, intervals and paired differences of each side's responses."""
+    f1 = {side: [token_f1(row[side], t.answers) for row, t in zip(rows, triples, strict=True)] for side in sides}
+    results: dict[str, Any] = {}
+    for side in sides:
+        shared = [max(rouge1(row[side], a) for a in t.answers) for row, t in zip(rows, triples, strict=True)]
+        results[f"f1_{side}"], results[f"rouge1_{side}"] = float(np.mean(f1[side])), float(np.mean(shared))
+        results[f"f1_{side}_interval"] = interval(f1[side])
+    if "slots" in f1:
+        for side in (s for s in sides if s != "slots"):
+            differences = np.subtract(f1["slots"], f1[side]).tolist()
+            results[f"f1_slots_minus_{side}"] = float(np.mean(differences))
+            results[f"f1_slots_minus_{side}_interval"] = interval(differences)
+    return results
+
+
+def _batches(sizes: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return indices in batches, like sizes together: less padding."""
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+
+def _others(triples: Sequence[Triple], own: Triple, chance: np.random.Generator, count: int) -> list[str]:
+    """Draw the contexts of `count` triples, all different and none of them the triple's own."""
+    found: dict[str, None] = {}
+    for i in chance.permutation(len(triples)):
+        if len(found) == count:
+            break
+        if triples[int(i)].context != own.context:
+            found[triples[int(i)].context] = None
+    if len(found) < count:
+        raise ICAEError(f"the data has too few different contexts for {count + 1} documents; give more triples")
+    return list(found)
+
+
+def _filler(pool: Sequence[list[int]], own: list[int], chance: np.random.Generator, length: int) -> list[list[int]]:
+    """Draw other paragraphs that with the question's own one make up `length` tokens, the last of them cut short."""
+    missing = length - len(own)
+    found: list[list[int]] = []
+    for i in chance.permutation(len(pool)):
+        if missing < 2:
+            return found
+        if pool[int(i)] != own:
+            found.append(pool[int(i)][:missing])
+            missing -= len(found[-1])
+    if missing >= 2:
+        raise ICAEError(f"the data's paragraphs leave {missing} of {length} tokens empty; give a shorter --length, or more triples")
+    return found

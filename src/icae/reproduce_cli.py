@@ -1,0 +1,86 @@
+"""`icae reproduce`: the paper's tables and figures, by one command. Heavy imports inside the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from icae.experiments import EXPERIMENTS
+
+
+def _path(name: str, help: str) -> typer.models.OptionInfo:
+    return typer.Option(name, help=help, show_default=False)
+
+
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(help="Experiments, by name. [default: all]", show_default=False)] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables (JSON, Markdown) and pictures (PNG, SVG).")] = Path("results"),
+    text: Annotated[
+        str | None, _path("--text", "Held-out text: a folder of .txt, a .txt or .jsonl. [default: a sample; implies --quick]")
+    ] = None,
+    qa: Annotated[str | None, _path("--qa", "Questions: a .jsonl of input, prompt, answer (and answers).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few, short samples: shows that everything runs.")] = False,
+    samples: Annotated[int | None, _path("--samples", "Samples a figure is taken over. [default: each experiment's own]")] = None,
+    model: Annotated[str | None, _path("--model", "Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")] = None,
+    base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id. [default: the checkpoint's]")] = None,
+    embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind. [default: one that ships]")] = None,
+    answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer. [default: one that ships]")] = None,
+    adapters: Annotated[Path | None, _path("--adapters", "Folder of table5's ablations (configs/ablations).")] = None,
+    also: Annotated[list[Path] | None, _path("--also", "Checkpoint on another base, for table6; may be repeated.")] = None,
+    judge: Annotated[str | None, _path("--judge", "Model that judges tables 4 and 5; the key is OPENAI_API_KEY. [default: none]")] = None,
+    judge_url: Annotated[str | None, _path("--judge-url", "Its OpenAI-compatible endpoint. [default: OPENAI_BASE_URL]")] = None,
+    rival: Annotated[list[str] | None, _path("--rival", "Model at that endpoint to compare answers with; may be repeated.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", help="What the base is kept in: float32, bfloat16, or auto (as stored).")] = "float32",
+    seed: Annotated[int, typer.Option("--seed", help="Decides which samples are drawn.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what stands there from the same settings and commit.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the experiments and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+) -> None:
+    """Run the paper's experiments and write tables and figures; exits with 1 where one failed."""
+    if list_:
+        print(json.dumps(EXPERIMENTS) if as_json else "\n".join(f"{name:8} {title}" for name, title in EXPERIMENTS.items()))
+        return
+    from icae.errors import ICAEError
+
+    for name in names or []:
+        if name not in EXPERIMENTS:
+            raise ICAEError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    if dtype not in ("float32", "bfloat16", "float16", "auto"):
+        raise ICAEError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
+    if rival and judge is None:
+        raise ICAEError("--rival needs a judge: give --judge MODEL")
+    if adapters is not None and not adapters.is_dir():
+        raise ICAEError(f"--adapters {adapters}: no such folder; train the ablations first (configs/ablations)")
+    judging = None
+    if judge is not None:
+        from icae.judge import Judge
+
+        judging = Judge(judge, out / "judge.jsonl", url=judge_url)
+    from icae.experiments.context import open_context
+    from icae.experiments.runner import FAILED
+    from icae.experiments.runner import reproduce as run
+
+    context = open_context(
+        model=model,
+        base=base,
+        embedding=embedding,
+        answers=answers,
+        device=device,
+        dtype=dtype,
+        text=text,
+        qa=qa,
+        ablations=adapters,
+        also=also or [],
+        judge=judging,
+        rivals=rival or [],
+        seed=seed,
+    )
+    outcome = run(context, names or (), out=out, quick=quick or text is None, samples=samples, force=force)
+    print(json.dumps(outcome) if as_json else "\n".join(f"{name:8} {how}" for name, how in outcome.items()))
+    if FAILED in outcome.values():
+        sys.exit(1)

@@ -1,0 +1,83 @@
+"""Token counts -> segments and position ids. Pure functions on whole numbers: no torch, no tokenizer, no model.
+
+A context of n tokens is cut into segments of nearly equal length; a segment of L tokens gets k = ceil(L / ratio) memory slots,
+slot i standing for the tokens of block i (`ratio` tokens; the last block may be shorter).
+
+Two layouts give position ids. With L = 8, ratio = 4:
+
+    spread      context    1 2 3 4 5 6 7 8          slot i stands at 1 + (ratio - 1) // 2 + i * ratio, inside its own block,
+    (EPL,       memory       .2.     .6.            for the encoder and for the decoder alike
+     arXiv      decoder    [AE]=0, targets 1..8     a target stands beside the slot that holds it
+     2409.14364)           [LM], [FT]=8, then 9 ..  as if the text itself had been read
+
+    appended    context    0 1 2 3 4 5 6 7
+    (the paper) memory                     8 9      after the context
+                decoder    slots 0 1, [AE], [LM], [FT]=2, then 3 ..
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from icae.errors import ICAEError
+
+
+def cut(length: int, segment_length: int) -> list[tuple[int, int]]:
+    """Cut `length` tokens into the fewest segments of at most `segment_length`, as even as can be.
+
+    Returns
+    -------
+    list of (start, end)
+        Half-open token ranges, in order, without gaps. 10 tokens at most 4 long give (0, 4), (4, 7), (7, 10).
+    """
+    if length < 1:
+        raise ICAEError("the context is empty; give a text of at least one token")
+    count = -(-length // segment_length)
+    short, longer = divmod(length, count)
+    bounds = [0]
+    for i in range(count):
+        bounds.append(bounds[-1] + short + (1 if i < longer else 0))
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def slot_count(length: int, ratio: int) -> int:
+    """Return k = ceil(length / ratio), the memory slots of a segment of `length` tokens."""
+    if ratio < 1:
+        raise ICAEError(f"ratio must be at least 1, got {ratio}; 4 keeps about everything, 16 the gist")
+    return -(-length // ratio)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Position ids of one segment, local to it (a segment that follows others is shifted by their spans)."""
+
+    context: list[int]
+    """Of the context tokens, in the encoder."""
+    memory: list[int]
+    """Of the memory tokens, in the encoder."""
+    slots: list[int]
+    """Of the memory slots, in the decoder."""
+    autoencoding: int
+    """Of the [AE] token, in the decoder; its targets follow it."""
+    span: int
+    """Of the [LM] or [FT] token, in the decoder; also how far the next segment's positions are shifted."""
+
+
+def spread(length: int, ratio: int) -> Positions:
+    """Lay memory tokens out inside their own blocks of the context (EPL / UPL, arXiv 2409.14364)."""
+    slots = [min(1 + (ratio - 1) // 2 + i * ratio, length) for i in range(slot_count(length, ratio))]
+    return Positions(list(range(1, length + 1)), slots, slots, 0, length)
+
+
+def appended(length: int, ratio: int) -> Positions:
+    """Lay memory tokens out after the context (ICAE, arXiv 2307.06945)."""
+    k = slot_count(length, ratio)
+    return Positions(list(range(length)), list(range(length, length + k)), list(range(k)), k, k)
+
+
+_LAYOUTS = {"spread": spread, "appended": appended}
+
+
+def positions(layout: str, length: int, ratio: int) -> Positions:
+    """Return the position ids of one segment of `length` tokens under the layout of that name."""
+    return _LAYOUTS[layout](length, ratio)

@@ -1,0 +1,96 @@
+"""`icae serve`: the HTTP server on the command line. Heavy imports inside the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from icae.errors import ICAEError
+
+
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; any but this machine's own needs API keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8000,
+    model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    store: Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="What the model is called to clients. [default: the checkpoint's]")] = None,
+    add_key: Annotated[str | None, typer.Option("--add-key", help="Make an API key of this name, print it once, and exit.")] = None,
+    remove_key: Annotated[str | None, typer.Option("--remove-key", help="Take the API keys of this name away, and exit.")] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option("--limit", help="A limit as name=value, such as max_rows=8; `--limit help` lists them.")
+    ] = None,
+) -> None:
+    """Serve contexts and chat over HTTP, in OpenAI's form, with a page to try it."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ICAEError(f"the server needs more packages ({error.name} is missing); pip install 'icae[serve]'") from error
+    from icae.server.keys import Keyring
+    from icae.server.limits import Limits
+
+    if limit == ["help"]:
+        for field in dataclasses.fields(Limits):
+            print(f"{field.name:14} {field.default!s:12} {field.metadata['help']}")
+        return
+    limits = _limits(Limits, limit or [])
+    folder = _folder(store)
+    keyring = Keyring(folder / "keys.json")
+    if add_key is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(keyring.add(add_key))
+        return
+    if remove_key is not None:
+        print(f"removed {keyring.remove(remove_key)} keys", file=sys.stderr)
+        return
+    open_to_all = not keyring.rows()
+    if open_to_all and not _own(host):
+        raise ICAEError(f"nobody listens on {host} without API keys: make one with `icae serve --add-key NAME`, or use --host 127.0.0.1")
+    from icae.checkpoint import find_checkpoint
+    from icae.model import ICAE
+    from icae.server.app import create_app
+    from icae.store import SlotStore
+
+    checkpoint = find_checkpoint(model)
+    kept = SlotStore(folder)
+    icae = ICAE.from_pretrained(checkpoint, base=base, device=device)
+    hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
+    app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=None if open_to_all else keyring, hosts=hosts)
+    shutdown = int(limits.shutdown) + 1
+    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=shutdown, server_header=False)
+
+
+def _folder(store: Path | None) -> Path:
+    from icae.base import cache_folder
+
+    return store if store is not None else cache_folder() / "store"
+
+
+def _own(host: str) -> bool:
+    """Tell whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _limits(kind: Any, pairs: list[str]) -> Any:
+    """Return the limits with `name=value` pairs put over the defaults."""
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    values: dict[str, float] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if name not in known or not sign:
+            raise ICAEError(f"limit {pair!r} is not name=value with a name out of {', '.join(known)}")
+        try:
+            values[name] = float(value) if isinstance(known[name].default, float) else int(value)
+        except ValueError:
+            raise ICAEError(f"limit {name} must be a number, got {value!r}") from None
+    return kind(**values)

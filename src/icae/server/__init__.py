@@ -1,0 +1,1 @@
+"""Contexts and chat over HTTP: compressed once, asked many times, many clients at once."""

@@ -1,0 +1,249 @@
+"""Requests -> work for the scheduler: which contexts, which prompt, and what the tokens that come back say. Knows no HTTP."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import secrets
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
+from torch import Tensor
+
+from icae.base import Base
+from icae.catalogue import Entry
+from icae.chat import encode, render
+from icae.errors import ICAEError
+from icae.model import ICAE, Sampling
+from icae.objectives import Example, Marker
+from icae.server.batch import Prefix, Prefixes, Row, check_positions, prefill
+from icae.server.limits import Limits
+from icae.server.schemas import ContextPart, Message, Reading, ReadToken, Saved, TextPart, Usage
+from icae.slots import MemorySlots
+from icae.store import Added, SlotStore
+
+SEGMENTS_AT_ONCE = 2
+"""Segments that are encoded between two steps of those who generate."""
+
+Wanted = str | list[int]
+"""A context: the hash of a stored content, or the token ids of a text."""
+
+
+class NotFound(ICAEError):
+    """There is no such context, or not for this key."""
+
+    status = 404
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A chat or a completion, ready to be read."""
+
+    contexts: list[Wanted]
+    pieces: list[list[int] | Tensor]
+    """The prompt: token ids, and input embeddings (tokens, hidden) between them."""
+    marker: Marker
+    """Stands before the prompt where there are contexts."""
+
+
+class Service:
+    """Store, model and hot contexts of one server."""
+
+    def __init__(self, model: ICAE, store: SlotStore, limits: Limits):
+        self.model, self.store, self.limits = model, store, limits
+        self.prefixes = Prefixes(model, limits.prefix_bytes)
+        self.compressing: set[str] = set()
+
+    # ---- contexts ----
+
+    def find(self, namespace: str, id: str) -> Entry:
+        """Return a namespace's context; raises `NotFound`."""
+        for entry in self.store.catalogue.entries(namespace, id=id):
+            return entry
+        raise NotFound(f"no context {id!r}; GET /v1/contexts lists yours")
+
+    def encode(self, text: str) -> list[int]:
+        """Return a context's token ids; raises `ICAEError` if there are too many."""
+        ids = self.model.base.encode(text)
+        if len(ids) > self.limits.max_context:
+            raise ICAEError(f"the text has {len(ids)} tokens, more than {self.limits.max_context}; send it in parts")
+        return ids
+
+    def compress(
+        self, namespace: str, ids: list[int], name: str | None, ratio: int | None, source: str
+    ) -> Generator[None, None, tuple[Entry, bool]]:
+        """Store a context, piece by piece; return its entry and whether the namespace had the content before.
+
+        Two requests with the same text wait for one another, so that it is compressed once.
+        """
+        begun, mark = time.time(), hashlib.sha256(repr((ratio, ids)).encode()).hexdigest()
+        while mark in self.compressing:
+            yield
+        self.compressing.add(mark)
+        try:
+            steps = self.store.adding(self.model, ids, name, namespace=namespace, source=source, ratio=ratio, batch_size=SEGMENTS_AT_ONCE)
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    added: Added = end.value
+                    break
+                yield
+        finally:
+            self.compressing.discard(mark)
+        if self.limits.store_bytes is not None and added.fresh:
+            self.store.gc(self.limits.store_bytes)
+        mine = self.store.catalogue.entries(namespace, content=added.entry.entry)
+        return added.entry, any(e.made < begun for e in mine)
+
+    def delete(self, namespace: str, id: str) -> None:
+        """Take a context away; raises `NotFound`."""
+        entry = self.find(namespace, id)
+        self.store.remove(entry.name, namespace)
+
+    def reading(self, namespace: str, id: str, segments: int) -> Generator[None, None, Reading]:
+        """Score a context's first segments token by token, read back from their slots and by the base alone."""
+        entry = self.find(namespace, id)
+        slots, ids = self.store.read(entry.entry)
+        self.model.check(slots)
+        made, slot, at, ratio = [], 0, 0, entry.about["ratio"]
+        for part in slots.split()[:segments]:
+            yield
+            piece = ids[at : at + part.tokens]
+            (back,) = self.model.score([part], [Example([piece], Marker.AE, [], piece)])
+            plain = self.model.score(None, [Example([], Marker.AE, piece[:1], piece[1:])], marked=False)[0].nll.tolist()
+            for i, (token, hit, nll) in enumerate(zip(piece, back.hits.tolist(), back.nll.tolist(), strict=True)):
+                surprise = plain[i - 1] if i else 0.0
+                text = self.model.base.decode([token])
+                made.append(ReadToken(text=text, slot=slot + i // ratio, hit=hit, nll=nll, surprise=surprise))
+            slot, at = slot + part.count, at + part.tokens
+        return Reading(id=id, tokens=made, slots=slot, complete=at == len(ids))
+
+    # ---- prompts ----
+
+    def chat(self, namespace: str, messages: list[Message]) -> Ask:
+        """Read a chat: contexts come first, as slots; text and embeddings stay where they are, in the base's chat template.
+
+        Raises
+        ------
+        NotFound
+            If a context is not the namespace's own.
+        ICAEError
+            If a part is unreadable.
+        """
+        if len(messages) > self.limits.max_messages:
+            raise ICAEError(f"the chat has {len(messages)} messages, more than {self.limits.max_messages}; shorten it")
+        mark = secrets.token_hex(8)  # nobody can write it into a text
+        contexts: list[Wanted] = []
+        embeds: list[Tensor] = []
+        turns = []
+        for message in messages:
+            said = ""
+            for part in [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content:
+                if isinstance(part, TextPart):
+                    said += part.text
+                elif isinstance(part, ContextPart):
+                    contexts.append(self.find(namespace, part.context_id).entry if part.context_id else self.encode(part.text or ""))
+                else:
+                    said += f"{mark}{len(embeds)}{mark}"
+                    embeds.append(self._embeds(part.data))
+            turns.append({"role": "system" if message.role == "developer" else message.role, "content": said})
+        pieces: list[list[int] | Tensor] = []
+        for i, piece in enumerate(render(self.model.base.tokenizer, turns).split(mark)):
+            pieces.append(embeds[int(piece)] if i % 2 else encode(self.model.base.tokenizer, piece))
+        return Ask(contexts, pieces, Marker.FT)
+
+    def completion(self, namespace: str, prompt: str | list[int], context_id: str | None) -> Ask:
+        """Read a completion: plain text that goes on, after a context if one is named."""
+        ids = self.model.base.encode(prompt) if isinstance(prompt, str) else prompt
+        vocabulary = self.model.base.model.get_input_embeddings().weight.shape[0]
+        if any(i >= vocabulary for i in ids):
+            raise ICAEError(f"the prompt holds ids past the base's {vocabulary}")
+        return Ask([self.find(namespace, context_id).entry] if context_id else [], [ids], Marker.LM)
+
+    def _embeds(self, data: str) -> Tensor:
+        """Read embeddings (tokens, hidden) from base64 of safetensors; nothing is ever unpickled."""
+        hidden = self.model.base.hidden_size
+        try:
+            tensors = from_safetensors(base64.b64decode(data, validate=True))
+        except (binascii.Error, ValueError, SafetensorError) as error:
+            raise ICAEError("prompt_embeds is no base64 of a safetensors file (tensors saved by torch.save are refused)") from error
+        if len(tensors) != 1:
+            raise ICAEError(f"prompt_embeds holds {len(tensors)} tensors; give one of (tokens, {hidden})")
+        (embeds,) = tensors.values()
+        if embeds.ndim != 2 or embeds.shape[1] != hidden or not len(embeds) or not embeds.is_floating_point():
+            raise ICAEError(f"prompt_embeds is {embeds.dtype} {tuple(embeds.shape)}; give floating-point numbers (tokens, {hidden})")
+        embeds = embeds.to(self.model.base.device, self.model.base.dtype)
+        if not torch.isfinite(embeds).all():
+            raise ICAEError("prompt_embeds holds numbers that are infinite or none")
+        return embeds
+
+    # ---- work ----
+
+    def generate(self, namespace: str, ask: Ask, limit: int | None, sampling: Sampling, usage: Usage) -> Generator[None, None, Row]:
+        """Prepare a generation, piece by piece; fills in `usage` before the prompt is read."""
+        contents = []
+        for wanted in ask.contexts:
+            if isinstance(wanted, list):
+                entry, _ = yield from self.compress(namespace, wanted, None, None, "chat")
+                wanted = entry.entry
+            contents.append(wanted)
+        prefix = (yield from self._prefix(contents)) if contents else None
+        span, length = prefix.span if prefix else 0, sum(map(len, ask.pieces)) + (prefix is not None)
+        check_positions(self.model, span + length, limit or 1)  # before it is embedded: a long prompt takes much memory
+        embed = self.model.base.embed
+        device, dtype = self.model.base.device, self.model.base.dtype
+        pieces = [p if isinstance(p, Tensor) else embed(torch.tensor(p, dtype=torch.long, device=device)) for p in ask.pieces]
+        prompt = torch.cat(pieces).to(dtype)
+        marker = None if prefix is None else ask.marker
+        slots, tokens = (prefix.slots, prefix.tokens) if prefix else (0, 0)
+        usage.prompt_tokens = slots + len(prompt) + (marker is not None)
+        usage.icae = Saved(context_tokens=tokens, slots=slots, saved_tokens=tokens - slots, kv_bytes=0)
+        if limit is None:
+            limit = min(self.limits.max_tokens, self.model.base.max_positions - span - length)
+        row = yield from prefill(self.model, prefix, marker, prompt, limit, sampling)
+        usage.icae.kv_bytes = sum(t.numel() * t.element_size() for layer in row.cache.layers for t in (layer.keys, layer.values))
+        return row
+
+    def _prefix(self, contents: list[str]) -> Generator[None, None, Prefix]:
+        """Return contexts as one prefix: from memory if they were asked lately, else, as a piece of its own, from the store."""
+        key = "+".join(contents)
+        found = self.prefixes.get(key)
+        if found is not None:
+            for content in contents:
+                self.store.catalogue.touch(content)
+            return found
+        slots = MemorySlots.concatenate([self.store.read(c)[0] for c in contents])
+        self.model.check(slots)
+        check_positions(self.model, slots.span + 1, 1)
+        found = self.prefixes.put(key, slots)
+        yield
+        return found
+
+
+class Speech:
+    """Token ids -> text, as it grows: whole characters only, and nothing from a stop string on."""
+
+    def __init__(self, base: Base, stop: list[str]):
+        self.base, self.stop = base, [s for s in stop if s]
+        self.said = ""
+        self.stopped = False
+
+    def hear(self, ids: list[int], last: bool = False) -> str:
+        """Return what is new in the text of `ids`; what may yet become a stop string is held back until it cannot."""
+        text = self.base.decode(ids)
+        if not last:
+            text = text.rstrip("\ufffd")
+        places = [at for s in self.stop if (at := text.find(s)) >= 0]
+        if places:
+            text, self.stopped = text[: min(places)], True
+        elif not last:
+            held = max((n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            text = text[: len(text) - held]
+        new, self.said = text[len(self.said) :], max(text, self.said, key=len)
+        return new

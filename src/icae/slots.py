@@ -1,0 +1,320 @@
+"""Memory slots: the only object that crosses from encoder to decoder, in memory and on disk.
+
+`MemorySlots` holds the slots of one context; `SlotBatch` holds those of several, padded, as encoder and decoder handle them.
+Neither knows a text, a tokenizer or a model. Two kinds stand behind one interface:
+
+    embedding   last hidden state at the memory positions             embeddings (k, hidden)
+    kv          keys and values of the memory tokens in every layer   keys, values (k, layers, heads, head size)
+
+Every tensor has the slots on its first axis, so that cutting, joining and padding never ask for the kind. Only moving slots to
+other positions does: keys are stored already rotated (RoPE, arXiv 2104.09864), and a shift by s positions turns them by s more.
+
+Shape legend: B contexts in a batch, K slots of the longest of them, k slots of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from icae.config import FORMAT_VERSION
+from icae.errors import ICAEError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One encoded piece of a context."""
+
+    tokens: int
+    """Context tokens it stands for."""
+    slots: int
+    """Memory slots that hold them."""
+    span: int
+    """Positions it takes in the decoder."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where slots came from: all that decides whether they may be read by a model, or joined with others."""
+
+    kind: str
+    ratio: int
+    layout: str
+    base: str
+    base_fingerprint: str
+    adapter: str
+    """Hash of the adapter's weights."""
+
+
+@dataclass(frozen=True)
+class MemorySlots:
+    """The memory slots of one context, on the CPU or a device, without gradient."""
+
+    tensors: Mapping[str, Tensor]
+    """Slots by name, k on the first axis."""
+    positions: Tensor
+    """(k,) int64: position ids in the decoder."""
+    segments: tuple[Segment, ...]
+    origin: Origin
+    rotations: Tensor | None = None
+    """(layers, rotated size / 2) float32: RoPE's angle per position, for tensors named `keys`; none: nothing is rotated."""
+
+    @property
+    def count(self) -> int:
+        """Number of memory slots, k."""
+        return self.positions.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of context tokens that the slots stand for."""
+        return sum(s.tokens for s in self.segments)
+
+    @property
+    def span(self) -> int:
+        """Position id of whatever comes after the slots."""
+        return sum(s.span for s in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots' tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def to(self, *args: Any, **kwargs: Any) -> MemorySlots:
+        """Return the slots in another dtype or on another device (`torch.Tensor.to`); positions go along, whole numbers still."""
+        tensors = {name: t.to(*args, **kwargs) for name, t in self.tensors.items()}
+        device = next(iter(tensors.values())).device
+        rotations = None if self.rotations is None else self.rotations.to(device)
+        return dataclasses.replace(self, tensors=tensors, positions=self.positions.to(device), rotations=rotations)
+
+    def shifted(self, by: int) -> MemorySlots:
+        """Return the slots moved by `by` positions; rotated keys are turned with them."""
+        tensors = dict(self.tensors)
+        if self.rotations is not None:
+            tensors["keys"] = rotated(tensors["keys"], self.rotations, torch.tensor([by]))
+        return dataclasses.replace(self, tensors=tensors, positions=self.positions + by)
+
+    def split(self) -> list[MemorySlots]:
+        """Return one `MemorySlots` a segment, each at the positions it was encoded at."""
+        parts, slot, offset = [], 0, 0
+        for s in self.segments:
+            here = slice(slot, slot + s.slots)
+            part = dataclasses.replace(
+                self,
+                tensors={name: t[here] for name, t in self.tensors.items()},
+                positions=self.positions[here],
+                segments=(s,),
+            )
+            parts.append(part.shifted(-offset) if offset else part)
+            slot, offset = slot + s.slots, offset + s.span
+        return parts
+
+    @staticmethod
+    def concatenate(parts: Sequence[MemorySlots]) -> MemorySlots:
+        """Join the slots of several contexts, or of several segments of one, in order; later ones are shifted.
+
+        Raises
+        ------
+        ICAEError
+            If there is nothing to join, or two parts differ in kind, layout, base or adapter.
+        """
+        if not parts:
+            raise ICAEError("nothing to concatenate: give at least one set of slots")
+        first, moved, offset = parts[0], [], 0
+        for part in parts:
+            for name in ("kind", "layout", "base_fingerprint", "adapter"):
+                mine, theirs = getattr(first.origin, name), getattr(part.origin, name)
+                if mine != theirs:
+                    raise ICAEError(f"slots of different {name} cannot be joined: {mine!r} and {theirs!r}; compress both alike")
+            moved.append(part.shifted(offset) if offset else part)
+            offset += part.span
+        return dataclasses.replace(
+            first,
+            tensors={name: torch.cat([p.tensors[name] for p in moved]) for name in first.tensors},
+            positions=torch.cat([p.positions for p in moved]),
+            segments=tuple(s for p in parts for s in p.segments),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the slots to a safetensors file, whole or not at all.
+
+        The bytes go to a neighbouring temporary file first, which then takes the name: whatever fails on the way, an older file
+        at `path` survives.
+
+        Raises
+        ------
+        ICAEError
+            If the file cannot be written.
+        """
+        tensors = {**self.tensors, "positions": self.positions}
+        if self.rotations is not None:
+            tensors["rotations"] = self.rotations
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        about = json.dumps(
+            {
+                "version": FORMAT_VERSION,
+                "origin": dataclasses.asdict(self.origin),
+                "segments": [dataclasses.astuple(s) for s in self.segments],
+            }
+        )
+        data = to_bytes(tensors, metadata={"icae": about, "sha256": _digest(about, tensors)})
+        write_atomically(Path(path), data)
+
+    @staticmethod
+    def load(path: str | Path) -> MemorySlots:
+        """Read slots back, to the bit.
+
+        Raises
+        ------
+        ICAEError
+            If the file is missing, is no slot file, is of another format version, or has changed since it was written.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except FileNotFoundError as error:
+            raise ICAEError(f"no slot file at {path}; make one with `icae compress FILE -o {path}`") from error
+        except (SafetensorError, OSError) as error:
+            raise ICAEError(f"{path} is no slot file, or it was truncated or damaged ({error})") from error
+        if "icae" not in metadata:
+            raise ICAEError(f"{path} is a safetensors file but holds no memory slots; make one with `icae compress`")
+        if metadata.get("sha256") != _digest(metadata["icae"], tensors):
+            raise ICAEError(f"{path} has changed since it was written (its checksum does not match); compress the text again")
+        about = json.loads(metadata["icae"])
+        if about["version"] != FORMAT_VERSION:
+            raise ICAEError(f"{path} is of slot format {about['version']}, this version reads {FORMAT_VERSION}; compress again")
+        positions = tensors.pop("positions")
+        rotations = tensors.pop("rotations", None)
+        segments = tuple(Segment(*s) for s in about["segments"])
+        return MemorySlots(tensors, positions, segments, Origin(**about["origin"]), rotations)
+
+
+@dataclass(frozen=True)
+class SlotBatch:
+    """The slots of several contexts, padded on the right. Gradients flow through it while training."""
+
+    tensors: Mapping[str, Tensor]
+    """Slots by name, each (B, K, ...)."""
+    mask: Tensor
+    """(B, K) bool: true where a slot is real."""
+    positions: Tensor
+    """(B, K) int64: position ids in the decoder, 0 where padded."""
+    segments: list[tuple[Segment, ...]] = field(default_factory=list)
+    rotations: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return B, the number of contexts."""
+        return self.mask.shape[0]
+
+    @property
+    def spans(self) -> Tensor:
+        """(B,) int64: position id of whatever comes after each context's slots."""
+        return torch.tensor([sum(s.span for s in row) for row in self.segments], device=self.mask.device)
+
+    def rows(self, origin: Origin) -> list[MemorySlots]:
+        """Return each context's own slots, without padding."""
+        return [
+            MemorySlots(
+                {name: t[b, : int(real)] for name, t in self.tensors.items()},
+                self.positions[b, : int(real)],
+                self.segments[b],
+                origin,
+                self.rotations,
+            )
+            for b, real in enumerate(self.mask.sum(1))
+        ]
+
+    @staticmethod
+    def pad(rows: Sequence[MemorySlots]) -> SlotBatch:
+        """Put the slots of several contexts into one batch."""
+        lengths = torch.tensor([r.count for r in rows])
+        device = rows[0].positions.device
+        return SlotBatch(
+            {name: pad_sequence([r.tensors[name] for r in rows], batch_first=True) for name in rows[0].tensors},
+            (torch.arange(int(lengths.max()))[None] < lengths[:, None]).to(device),
+            pad_sequence([r.positions for r in rows], batch_first=True),
+            [r.segments for r in rows],
+            rows[0].rotations,
+        )
+
+    def regroup(self, groups: Sequence[Sequence[int]], origin: Origin) -> SlotBatch:
+        """Join rows: group g of the result holds the rows `groups[g]`, concatenated. Keeps gradients."""
+        if all(list(g) == [i] for i, g in enumerate(groups)) and len(groups) == len(self):
+            return self
+        rows = self.rows(origin)
+        return SlotBatch.pad([MemorySlots.concatenate([rows[i] for i in group]) for group in groups])
+
+
+def rotated(keys: Tensor, rotations: Tensor, by: Tensor) -> Tensor:
+    """Turn keys by further positions, so that a key rotated at p becomes the key rotated at p + by.
+
+    Parameters
+    ----------
+    keys : Tensor
+        (..., k, layers, heads, head size), rotated halves paired as in Llama (dimension j with j + rotated size / 2).
+    rotations : Tensor
+        (layers, rotated size / 2) float32, radians a position.
+    by : Tensor
+        (..., k) whole numbers; (..., 1) where all keys turn alike, which is a good deal faster.
+    """
+    half, rotations = rotations.shape[-1], rotations.to(keys.device)
+    angle = by.to(keys.device)[..., None, None].float() * rotations  # (..., k, layers, half)
+    cos, sin = angle.cos()[..., None, :], angle.sin()[..., None, :]
+    a, b, rest = keys[..., :half].float(), keys[..., half : 2 * half].float(), keys[..., 2 * half :]
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.cat([*(t.to(keys.dtype) for t in turned), rest], -1)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that the old content survives any failure; errors as for `write_together`."""
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: all of them to temporary neighbours first, and only then each under its name.
+
+    Raises
+    ------
+    ICAEError
+        If a folder is missing or not writable, or the disk is full; every old file is then as it was.
+    """
+    made: dict[Path, Path] = {}
+    path = next(iter(files))
+    try:
+        for path, data in files.items():
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+                made[path] = Path(file.name)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(made[path], 0o644)
+        for path, temporary in made.items():
+            os.replace(temporary, path)
+    except OSError as error:
+        raise ICAEError(f"could not write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        for temporary in made.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash a file's description and every tensor's name, dtype, shape and bytes."""
+    sha = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        sha.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        sha.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,311 @@
+"""Contexts compressed once and kept: text -> chapters -> blobs, found again by what made them. Knows no prompt and no decoder.
+
+    FOLDER/
+    catalogue.sqlite       names, contents, blobs' sizes and last use (catalogue.py)
+    blobs/ab/KEY           slots of one chapter (blobs.py), or behind an fsspec URL
+
+A blob's key is the hash of all that decides its slots: token ids, base, adapter, kind, ratio, layout, segment length, dtype, format.
+A content is a list of keys, a name points at a content. Equal chapters are compressed and kept once, whoever asks, under any name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from icae.base import cache_folder
+from icae.blobs import DTYPES, open_blobs, pack, unpack
+from icae.catalogue import Blob, Catalogue, Entry
+from icae.chapters import chapters
+from icae.config import FORMAT_VERSION
+from icae.errors import ICAEError
+from icae.segments import cut
+from icae.slots import MemorySlots, Origin
+
+ORPHAN_SECONDS = 3600
+"""Age at which a file that no row lists is taken for a dead writer's, in seconds."""
+
+
+class Compressor(Protocol):
+    """What a store needs of an `ICAE`."""
+
+    base: Any
+    config: Any
+
+    @property
+    def origin(self) -> Origin:
+        """Who makes the slots."""
+
+    def compress_ids(self, contexts: Any, *, ratio: int | None = None, batch_size: int = 8) -> list[MemorySlots]:
+        """Compress contexts of token ids."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """What adding a text did."""
+
+    entry: Entry
+    fresh: int
+    """Chapters that had to be compressed."""
+
+
+class SlotStore:
+    """Memory slots on disk, by name and by content."""
+
+    def __init__(self, folder: str | Path | None = None, *, blobs: str | None = None):
+        """Open a store, making it if need be.
+
+        Parameters
+        ----------
+        folder : str or Path, optional
+            Where the catalogue is; none: `store` in the user's cache folder.
+        blobs : str, optional
+            Local folder or fsspec URL of the slots, decided when the store is made; none: where they are, or `blobs` beside it.
+
+        Raises
+        ------
+        ICAEError
+            If the folder cannot be written, or the store was made with other `blobs`.
+        """
+        self.folder = Path(folder) if folder is not None else cache_folder() / "store"
+        self.catalogue = Catalogue(self.folder / "catalogue.sqlite")
+        place = self.catalogue.setting("blobs", blobs or "blobs")
+        if blobs is not None and place != blobs:
+            raise ICAEError(f"the store {self.folder} keeps its slots in {place!r}, not in {blobs!r}; leave that option away")
+        self.blobs = open_blobs(place if "://" in place else self.folder / place)
+
+    # ---- writing ----
+
+    def add(
+        self, model: Compressor, text: str, name: str | None = None, *, progress: Callable[[int, int], None] | None = None, **kw: Any
+    ) -> Added:
+        """Compress a text, chapters that are there already left out, and give it a name; arguments and errors as for `adding`."""
+        steps = self.adding(model, model.base.encode(text), name, **kw)
+        while True:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                return end.value
+            if progress is not None:
+                progress(done, total)
+
+    def adding(
+        self,
+        model: Compressor,
+        ids: list[int],
+        name: str | None = None,
+        *,
+        namespace: str = "",
+        source: str = "",
+        ratio: int | None = None,
+        dtype: str = "float16",
+        batch_size: int = 8,
+    ) -> Generator[tuple[int, int], None, Added]:
+        """Add a text step by step, one batch of segments each, so that other work may go between.
+
+        Parameters
+        ----------
+        model : ICAE
+            The encoder.
+        ids : list of int
+            The text's token ids.
+        name : str, optional
+            What to call it; none: after its content.
+        namespace : str
+            Names of one namespace are unknown in another; contents are shared.
+        source : str
+            Where the text came from, for people.
+        ratio : int, optional
+            Context tokens a slot; none: the checkpoint's own.
+        dtype : str
+            One of `icae.blobs.DTYPES`.
+        batch_size : int
+            Segments encoded at once.
+
+        Yields
+        ------
+        (int, int)
+            Segments done, and segments to do in all.
+
+        Returns
+        -------
+        Added
+            As the generator's value. Until then nothing is listed.
+
+        Raises
+        ------
+        ICAEError
+            If the text is too short, or `name`, `ratio` or `dtype` is out of range.
+        """
+        if dtype not in DTYPES:
+            raise ICAEError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if name is not None and (not name.strip() or len(name) > 400 or not name.isprintable()):
+            raise ICAEError(f"a name has 1 to 400 printable characters, got {name[:40]!r}")
+        length, ratio = model.config.segment_length, model.config.ratio if ratio is None else ratio
+        newlines = {i: n for i in set(ids) if (n := model.base.decode([i]).count("\n"))}
+        rows = [ids[a:b] for a, b in chapters(ids, length, newlines)]
+        about = {**dataclasses.asdict(model.origin), "ratio": ratio, "segment_length": length, "dtype": dtype}
+        keys = [blob_key(row, about) for row in rows]
+        content = content_hash(keys)
+        todo, fresh = {k: row for k, row in zip(keys, rows, strict=True)}, {}
+        for key in self.catalogue.known(todo):
+            del todo[key]
+        done, total = 0, sum(len(cut(len(row), length)) for row in todo.values())
+        while True:
+            for key, row in todo.items():
+                pieces, made = [row[a:b] for a, b in cut(len(row), length)], []
+                for at in range(0, len(pieces), batch_size):
+                    made += model.compress_ids(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
+                    done += len(pieces[at : at + batch_size])
+                    yield done, max(done, total)
+                slots = MemorySlots.concatenate(made)
+                size = self.blobs.write(key, pack(slots, row, dtype))
+                fresh[key] = Blob(key, size, slots.tokens, slots.count, len(slots.segments))
+            gone = self.catalogue.commit(
+                namespace,
+                name or f"text-{content[:12]}",
+                content,
+                keys,
+                fresh.values(),
+                about=about,
+                source=source,
+                missing=self.blobs.missing,
+            )
+            if not gone:
+                return Added(self.entry(name or f"text-{content[:12]}", namespace), len(fresh))
+            todo = {k: row for k, row in zip(keys, rows, strict=True) if k in gone}  # dropped by another process meanwhile
+
+    # ---- reading ----
+
+    def entry(self, name: str, namespace: str = "") -> Entry:
+        """Return the entry of a name.
+
+        Raises
+        ------
+        ICAEError
+            If there is no such name.
+        """
+        for found in self.catalogue.entries(namespace, name=name):
+            return found
+        raise ICAEError(f"no context {name!r} in the store; `icae store ls` lists what there is")
+
+    def entries(self, namespace: str | None = "") -> list[Entry]:
+        """Return the entries of a namespace (none: of all), in order of name."""
+        return self.catalogue.entries(namespace)
+
+    def load(self, name: str, namespace: str = "") -> MemorySlots:
+        """Return the slots of a name, every checksum verified (int8 becomes float16).
+
+        Raises
+        ------
+        ICAEError
+            If there is no such name, or a blob of it is missing or damaged.
+        """
+        return self.read(self.entry(name, namespace).entry)[0]
+
+    def read(self, content: str) -> tuple[MemorySlots, list[int]]:
+        """Return slots and token ids of a content, and note its use; errors as for `load`."""
+        parts = self.catalogue.parts(content)
+        if not parts:
+            raise ICAEError("this context is no longer in the store; add it again")
+        with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as several:  # reading and hashing let other threads run
+            read = list(several.map(self._blob, parts))
+        self.catalogue.touch(content)
+        return MemorySlots.concatenate([slots for slots, _ in read]), [i for _, ids in read for i in ids]
+
+    def _blob(self, key: str) -> tuple[MemorySlots, list[int]]:
+        try:
+            return unpack(self.blobs.read(key))
+        except (ICAEError, KeyError) as error:
+            raise ICAEError(f"{error}; `icae store verify --drop` clears it away, then add the text again") from error
+
+    # ---- keeping house ----
+
+    def remove(self, name: str, namespace: str = "") -> None:
+        """Take a name away, and its slots where no other name keeps them; raises `ICAEError` if there is no such name."""
+        if not self.catalogue.unname(namespace, name):
+            raise ICAEError(f"no context {name!r} in the store; `icae store ls` lists what there is")
+        self.catalogue.sweep(self.blobs.remove)
+
+    def verify(self, *, drop: bool = False, progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
+        """Read every blob and check it: there, whole, and made of the token ids that its key says.
+
+        Parameters
+        ----------
+        drop : bool
+            Take damaged blobs away with all names that need them, so that adding makes them anew.
+        progress : callable, optional
+            Called with (blobs done, blobs in all).
+
+        Returns
+        -------
+        list of dict
+            For each damaged blob its `key`, the `problem`, and the `names` that need it.
+        """
+        bad: list[dict[str, Any]] = []
+        listed, entries = self.catalogue.blobs(), self.catalogue.entries()
+        users: dict[str, list[Entry]] = {}
+        for e in entries:
+            for key in self.catalogue.parts(e.entry):
+                users.setdefault(key, []).append(e)
+        for done, blob in enumerate(listed, 1):
+            problem = self._problem(blob, users.get(blob.key, []))
+            if problem is not None and self.catalogue.known([blob.key]):  # not removed by another process meanwhile
+                bad.append({"key": blob.key, "problem": problem, "names": [e.name for e in users.get(blob.key, [])]})
+                if drop:
+                    self.catalogue.disown(blob.key)
+            if progress is not None:
+                progress(done, len(listed))
+        if drop:
+            self.catalogue.sweep(self.blobs.remove)
+        return bad
+
+    def _problem(self, blob: Blob, users: list[Entry]) -> str | None:
+        try:
+            slots, ids = unpack(self.blobs.read(blob.key))
+        except (ICAEError, KeyError) as error:
+            return str(error)
+        if slots.count != blob.slots or slots.tokens != len(ids):
+            return f"it holds {slots.count} slots for {len(ids)} tokens, the catalogue says {blob.slots} for {blob.tokens}"
+        if any(blob_key(ids, e.about) != blob.key for e in users):
+            return "its token ids are not those that its key was made of"
+        return None
+
+    def gc(self, max_bytes: int | None = None) -> dict[str, Any]:
+        """Clear away what nothing lists, and drop contents used longest ago until `max_bytes` are kept.
+
+        Returns
+        -------
+        dict
+            `removed` names, `files` deleted, `bytes` kept.
+
+        Raises
+        ------
+        ICAEError
+            If `max_bytes` is negative.
+        """
+        if max_bytes is not None and max_bytes < 0:
+            raise ICAEError(f"max_bytes must be at least 0, got {max_bytes}")
+        gone = [] if max_bytes is None else self.catalogue.evict(max_bytes)
+        files = self.catalogue.sweep(self.blobs.remove, list(self.blobs.old(ORPHAN_SECONDS)))
+        return {"removed": [name for _, name in gone], "files": files, "bytes": sum(b.bytes for b in self.catalogue.blobs())}
+
+
+def blob_key(ids: list[int], about: dict[str, Any]) -> str:
+    """Return the key of a chapter's blob: the hash of its token ids and of all that decides what slots they become."""
+    made_by = {name: about[name] for name in ("base_fingerprint", "adapter", "kind", "ratio", "layout", "segment_length", "dtype")}
+    sha = hashlib.sha256(json.dumps([FORMAT_VERSION, made_by], sort_keys=True).encode())
+    sha.update(b"".join(i.to_bytes(4, "little") for i in ids))
+    return sha.hexdigest()
+
+
+def content_hash(keys: list[str]) -> str:
+    """Return the hash of a content: that of its blobs' keys, in order."""
+    return hashlib.sha256("".join(keys).encode()).hexdigest()

@@ -1,0 +1,228 @@
+"""`icae store ...`: the slot store on the command line. Heavy imports inside the commands, as in cli.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from icae.errors import ICAEError
+
+if TYPE_CHECKING:
+    from icae.catalogue import Entry
+    from icae.store import SlotStore
+
+app = typer.Typer(help="Keep contexts compressed: once written, asked many times.", no_args_is_help=True)
+
+Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")]
+Names = Annotated[list[str], typer.Argument(help="Names of contexts.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+_TEXTS = (".txt", ".md", ".rst", ".text")
+
+
+@app.command()
+def add(
+    sources: Annotated[list[str], typer.Argument(help="Text files, folders of them, or '-' for standard input.", show_default=False)],
+    name: Annotated[str | None, typer.Option("--name", help="Name of a single text. [default: its path]", show_default=False)] = None,
+    ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot. [default: the checkpoint's]")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="How slots are kept: float16, bfloat16, float32 or int8.")] = "float16",
+    blobs: Annotated[str | None, typer.Option("--blobs", help="For a new store: folder or fsspec URL of the slots.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    store: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Compress texts into the store; what is there unchanged is not compressed again."""
+    texts = list(_texts(sources))
+    if name is not None:
+        if len(texts) != 1:
+            raise ICAEError(f"--name names one text, these are {len(texts)}; leave it away")
+        texts = [(name, texts[0][1], texts[0][2])]
+    kept = _open(store, blobs, make=True)
+    from icae.model import ICAE
+
+    icae = ICAE.from_pretrained(model, base=base, device=device)
+    rows = []
+    for label, source, text in texts:
+        begin = time.perf_counter()
+        with _progress(f"compressing {label}") as tick:
+            added = kept.add(icae, text, label, source=source, ratio=ratio, dtype=dtype, progress=tick)
+        row = {**_row(added.entry), "fresh": added.fresh, "seconds": time.perf_counter() - begin}
+        rows.append(row)
+        if not as_json:
+            print(f"{label}: {row['tokens']} tokens, {row['slots']} slots, {added.fresh} of {row['chapters']} chapters compressed")
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+
+
+@app.command()
+def ls(store: Folder = None, as_json: Json = False) -> None:
+    """List the contexts in the store."""
+    rows = [_row(e) for e in _open(store).entries()]
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "tokens", "slots", "kind", "bytes", "last used")
+    for r in rows:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(r["used"]))
+        table.add_row(r["name"], str(r["tokens"]), str(r["slots"]), f"{r['about']['kind']} {r['about']['dtype']}", str(r["bytes"]), used)
+    Console().print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a context.", show_default=False)], store: Folder = None, as_json: Json = False
+) -> None:
+    """Tell all that the store knows of a context."""
+    row = _row(_open(store).entry(name))
+    if as_json:
+        print(json.dumps(row, ensure_ascii=False))
+        return
+    for key, value in {**row, **row.pop("about")}.items():
+        print(f"{key:18} {value}")
+
+
+@app.command()
+def rm(names: Names, store: Folder = None, as_json: Json = False) -> None:
+    """Take contexts out of the store; slots that another name needs stay."""
+    kept = _open(store)
+    for name in names:
+        kept.entry(name)
+    for name in dict.fromkeys(names):
+        kept.remove(name)
+    print(json.dumps({"removed": list(dict.fromkeys(names))}) if as_json else f"removed {', '.join(dict.fromkeys(names))}")
+
+
+@app.command()
+def verify(
+    drop: Annotated[bool, typer.Option("--drop", help="Take damaged contexts away, so that adding makes them anew.")] = False,
+    store: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Read everything in the store and check it; exits with 1 where something is damaged."""
+    with _progress("verifying", "blobs") as tick:
+        bad = _open(store).verify(drop=drop, progress=tick)
+    if as_json:
+        print(json.dumps({"damaged": bad, "dropped": drop}, ensure_ascii=False))
+    else:
+        for b in bad:
+            print(f"{', '.join(b['names']) or 'no name'}: {b['problem']}")
+        print(f"{len(bad)} damaged{', dropped' if bad and drop else ''}" if bad else "all is well")
+    if bad and not drop:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    max_bytes: Annotated[int | None, typer.Option("--max-bytes", help="Keep at most this much; what was used longest ago goes.")] = None,
+    store: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Clear away what nothing names, and keep the store within a size."""
+    done = _open(store).gc(max_bytes)
+    if as_json:
+        print(json.dumps(done, ensure_ascii=False))
+    else:
+        print(f"removed {len(done['removed'])} names and {done['files']} files; {done['bytes']} bytes kept")
+
+
+@app.command()
+def export(
+    archive: Annotated[Path, typer.Argument(help="The zip to write; or, for one name, a .safetensors slot file.", show_default=False)],
+    names: Annotated[list[str] | None, typer.Argument(help="Names of contexts. [default: all]", show_default=False)] = None,
+    store: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Write contexts to one file: an archive for `import`, or a slot file for `icae ask`."""
+    from icae.archive import export as write
+
+    kept = _open(store)
+    if archive.suffix == ".safetensors":
+        if names is None or len(names) != 1:
+            raise ICAEError("a slot file holds one context: icae store export slots.safetensors NAME")
+        kept.load(names[0]).save(archive)
+        count = 1
+    else:
+        count = write(kept, archive, names)
+    results = {"file": str(archive), "contexts": count, "bytes": archive.stat().st_size}
+    print(json.dumps(results) if as_json else f"{count} contexts, {results['bytes']} bytes: {archive}")
+
+
+@app.command("import")
+def import_(
+    archive: Annotated[Path, typer.Argument(help="A zip as `icae store export` writes it.", show_default=False)],
+    store: Folder = None,
+    as_json: Json = False,
+) -> None:
+    """Take the contexts of an archive into the store."""
+    from icae.archive import import_ as read
+
+    names = read(_open(store, make=True), archive)
+    print(json.dumps({"imported": names}, ensure_ascii=False) if as_json else f"imported {len(names)} contexts")
+
+
+def _open(folder: Path | None, blobs: str | None = None, *, make: bool = False) -> SlotStore:
+    """Open the store; one that was named outright and is not there is made only where `make` says so."""
+    from icae.store import SlotStore
+
+    if folder is not None and not make and not (folder / "catalogue.sqlite").is_file():
+        raise ICAEError(f"no store at {folder}; `icae store add FILE --store {folder}` makes one")
+    return SlotStore(folder, blobs=blobs)
+
+
+def _texts(sources: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, source, text) of every file that `sources` name, folders looked through for texts."""
+    from icae.data import read_text
+
+    for source in sources:
+        if source == "-":
+            try:
+                text = sys.stdin.buffer.read().decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ICAEError(f"standard input is not text in UTF-8 ({error})") from error
+            yield "stdin", "standard input", _filled(text, "standard input")
+        elif Path(source).is_dir():
+            files = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in _TEXTS and p.is_file())
+            if not files:
+                raise ICAEError(f"folder {source} holds no texts ({', '.join(_TEXTS)})")
+            for file in files:
+                if (text := read_text(str(file))).strip():
+                    yield str(file), str(file), text
+                else:
+                    print(f"{file} is empty, left out", file=sys.stderr)
+        else:
+            yield source, source, _filled(read_text(source), source)
+
+
+def _filled(text: str, source: str) -> str:
+    if not text.strip():
+        raise ICAEError(f"{source} is empty; give a text of at least two tokens")
+    return text
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    """Return an entry as plain values, without the server's namespace and handle."""
+    values = {**entry.__dict__}
+    return {name: values[name] for name in values if name not in ("namespace", "id")}
+
+
+@contextmanager
+def _progress(verb: str, unit: str = "segments") -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback (done, total) behind a progress bar on standard error; silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,279 @@
+"""The one training loop, on Hugging Face Trainer, for pretraining and fine-tuning.
+
+In: an `ICAE` and a `TrainConfig`. Out: checkpoints, a TensorBoard log, and the final adapter in the output folder. Which samples there
+are is the data's business (data.py), what is learned from them the objectives'. Runs alone, or under `accelerate launch` / `torchrun`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+
+from icae.base import Base, load_base
+from icae.checkpoint import find_checkpoint, load_weights, read_config
+from icae.config import ICAEConfig, TrainConfig
+from icae.data import HeldOut, Windows, load_corpus
+from icae.errors import ICAEError
+from icae.matmul import fast_linear
+from icae.model import ICAE
+from icae.objectives import collate
+from icae.slots import write_atomically
+from icae.triples import Triples, load_pools
+
+
+def train(train: TrainConfig, model_config: ICAEConfig, *, resume: bool = True, quiet: bool = False) -> Path:
+    """Train an adapter and return the folder it is in.
+
+    Parameters
+    ----------
+    train : TrainConfig
+        Data, objective, schedule.
+    model_config : ICAEConfig
+        What to build; where `train.init` names a checkpoint, that one's config is used instead, but for segment length and readout.
+    resume : bool
+        Go on from the newest checkpoint in the output folder, if there is one.
+    quiet : bool
+        No progress bar and no log lines on the terminal.
+
+    Raises
+    ------
+    ICAEError
+        If data, checkpoint or settings are wrong; nothing is written then.
+    """
+    if not train.train:
+        raise ICAEError("train is empty: name the training data (a folder of .txt, a .txt or .jsonl file, or a Hub data set)")
+    torch.manual_seed(train.seed)
+    arguments = make_arguments(train, quiet)
+    model = build(train, model_config, str(arguments.device))
+    samples, held_out = make_data(train, model.base, model.config, arguments.world_size)
+    return run(Trainee(model, train.distil), train, arguments, samples, held_out, resume=resume)
+
+
+def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samples: Any, held_out: Any, *, resume: bool) -> Path:
+    """Run the loop over samples, and return the folder that holds what was learned; errors as for `train`."""
+    output = Path(train.output)
+    optimizer = _optimizer(trainee.trained(), train)
+    module: Any = trainee
+    trainer = ICAETrainer(
+        model=module,
+        args=arguments,
+        train_dataset=samples,
+        eval_dataset=held_out,
+        data_collator=collate,
+        optimizers=(optimizer, _schedule(optimizer, train)),
+        callbacks=[_StopOnInterrupt()],
+    )
+    last = _last_checkpoint(output)
+    if last is not None and not resume:
+        raise ICAEError(f"{output} holds checkpoints of another run; name another output, or remove them, to begin afresh")
+    if last is not None:
+        trainee.check(Path(last))
+    if arguments.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "train_config.json", (json.dumps(train.to_dict(), indent=2) + "\n").encode())
+    with fast_linear():
+        trainer.train(resume_from_checkpoint=last)
+    if trainer.is_world_process_zero():
+        trainee.save(output)
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
+    return output
+
+
+def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
+    """Return the model a run begins with, on its process's device: new, or that of the checkpoint `train.init`."""
+    start = None
+    if train.init is not None:
+        start = find_checkpoint(train.init)
+        config = read_config(start).replace(segment_length=config.segment_length, readout=config.readout)
+    base = load_base(config.base, device=device)
+    if start is not None and base.fingerprint != config.base_fingerprint:
+        raise ICAEError(f"{start} was trained on another base than {base.name!r}; start from one of its own")
+    model = ICAE(base, config)
+    if start is not None:
+        load_weights(model, start)
+    return model
+
+
+class Learner(Protocol):
+    """What the loop trains: a module that returns {"loss"} for a batch of `objectives.collate`, and knows its own files."""
+
+    def __call__(self, **batch: Any) -> dict[str, torch.Tensor]:
+        """Return the loss of a batch."""
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Return all that is trained, by name."""
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+
+    def check(self, folder: Path) -> None:
+        """Refuse to go on from a checkpoint of another shape."""
+
+
+class Trainee(nn.Module):
+    """An ICAE as Trainer sees it: without a `config`, which Trainer takes for one of transformers' own and writes to."""
+
+    def __init__(self, icae: ICAE, distil: float = 0.0):
+        super().__init__()
+        self.icae, self.distil = icae, distil
+
+    def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
+        """Return the loss of a batch; a held-out one is of the responses alone, whatever teaches."""
+        return self.icae(**batch, distil=self.distil if self.training else 0.0)
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """Return all that is trained, by name."""
+        return self.icae.adapter_tensors()
+
+    def save(self, folder: Path) -> None:
+        """Write what is trained."""
+        self.icae.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        load_weights(self.icae, folder)
+
+    def check(self, folder: Path) -> None:
+        """Refuse to go on from a checkpoint of another shape."""
+        new = self.icae.config.to_dict()
+        other = [name for name, value in read_config(folder).to_dict().items() if value != new[name]]
+        if other:
+            raise ICAEError(f"{folder} was made with another {', '.join(other)}; name another output, or use the same settings")
+
+
+class ICAETrainer(Trainer):
+    """Trainer that takes samples in their order, and saves and loads checkpoints in ICAE's own format."""
+
+    model: Any
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        samples: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return torch.utils.data.SequentialSampler(samples)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.model.save(Path(output_dir or self.args.output_dir or "."))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.model.load(Path(resume_from_checkpoint))
+
+    def prediction_step(self, model: Any, inputs: dict, prediction_loss_only: bool, ignore_keys: Any = None) -> tuple:
+        """Return the batch's loss alone."""
+        with torch.no_grad():
+            return model(**self._prepare_inputs(inputs))["loss"], None, None
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the run after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        try:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not the main thread: then Ctrl-C is somebody else's
+            self.before = None
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def _last_checkpoint(output: Path) -> str | None:
+    """Return the newest whole checkpoint: one without trainer_state.json, which is written last, was cut short."""
+    whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+
+
+def make_data(train: TrainConfig, base: Base, config: ICAEConfig, processes: int) -> tuple[Any, Any]:
+    """Return the training samples and, where asked for, the held-out ones."""
+
+    def windows(source: str) -> Windows:
+        return Windows(load_corpus(source, base, train.max_tokens), base, config, train, processes=processes)
+
+    if train.objective == "pretrain":
+        assert isinstance(train.train, str)  # checked by TrainConfig
+        held_out = None if train.held_out is None else HeldOut(windows(train.held_out), train.eval_samples)
+        return windows(train.train), held_out
+    limits = {"least": config.ratio, "most": train.context_length}
+    replay = windows(train.replay) if train.replay and train.pretrain_share else None
+    samples = Triples(load_pools(train.train, base, **limits), base, config, train, replay, processes=processes)
+    if train.held_out is None:
+        return samples, None
+    pools = load_pools(train.held_out, base, **limits)
+    plain = train.replace(pretrain_share=0.0, seed=20_240, distractors=0, ratios=None)
+    return samples, torch.utils.data.Subset(Triples(pools, base, config, plain), range(min(train.eval_samples, len(pools[0].triples))))
+
+
+def _optimizer(trained: dict[str, torch.Tensor], train: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with a learning rate a part: LoRA's first matrices, its second ones, memory token and markers."""
+    parts: dict[str, list] = {"a": [], "b": [], "memory": []}
+    for name, p in trained.items():
+        parts["a" if "lora_A" in name else "b" if "lora_B" in name else "memory"].append(p)
+    rates = {"a": 1.0, "b": train.lora_b_multiplier, "memory": train.memory_multiplier}
+    groups = [{"params": ps, "lr": train.learning_rate * rates[part]} for part, ps in parts.items() if ps]
+    return torch.optim.AdamW(groups, betas=(0.9, train.adam_beta2), weight_decay=train.weight_decay)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the named schedule, each step of it times the factor that is in force there."""
+    named: Any = get_scheduler(train.schedule, optimizer, train.warmup_steps, train.steps).lr_lambdas[0]  # type: ignore[attr-defined]
+
+    def factor(step: int) -> float:
+        return [f for start, f in train.rate_factors if start <= step][-1]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: named(step) * factor(step))
+
+
+def make_arguments(train: TrainConfig, quiet: bool) -> TrainingArguments:
+    """Return Trainer's settings for ours."""
+    if quiet:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+    arguments = TrainingArguments(
+        output_dir=train.output,
+        max_steps=train.steps,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulation,
+        max_grad_norm=train.clip,
+        logging_steps=train.log_steps,
+        eval_strategy="no" if train.held_out is None else "steps",
+        eval_steps=train.eval_steps,
+        save_steps=train.save_steps,
+        save_total_limit=train.keep,
+        seed=train.seed,
+        bf16=train.bf16,
+        use_cpu=train.device == "cpu",
+        remove_unused_columns=False,
+        label_names=[],
+        report_to="none" if quiet else "tensorboard",
+        disable_tqdm=quiet,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=True,  # no loss reads what kv slots' last layer does after its keys and values
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several devices take several processes (torchrun); torch's DataParallel cannot cut our batches
+    return arguments

@@ -1,0 +1,269 @@
+"""The command line, run in this process on a tiny checkpoint, through `main`, so that error lines and exit codes are the real ones."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from icae import cli
+
+ROOT = Path(__file__).parent.parent
+TEXT = " ".join(tiny.LINES)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-kv-4x"
+    tiny.make_icae(base, stirred=0.05).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def icae(monkeypatch, capsys, tmp_path):
+    """Return a function that runs the command line and gives (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["icae", *map(str, arguments)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture
+def slots(icae, checkpoint, text):
+    assert icae("compress", text, "-o", "slots.safetensors", "--model", checkpoint, "--json")[0] == 0
+    return Path("slots.safetensors")
+
+
+def test_help_takes_less_than_half_a_second_of_cpu():
+    code = "import resource, sys; sys.argv = ['icae', '--help']; import icae.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    code += "u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime, 'torch' in sys.modules, file=sys.stderr)"
+    seconds, has_torch = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split()
+    assert has_torch == "False"
+    assert float(seconds) < 0.5
+
+
+def test_compress_tells_what_it_made(icae, checkpoint, text):
+    code, out, _ = icae("compress", text, "-o", "s.safetensors", "--ratio", 2, "--model", checkpoint, "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert {"tokens", "slots", "ratio", "seconds"} <= result.keys()
+    assert result["ratio"] == pytest.approx(2, rel=0.1)
+    assert Path("s.safetensors").stat().st_size == result["bytes"]
+
+
+def test_text_comes_from_an_argument_a_file_or_standard_input(icae, checkpoint, text):
+    counts = []
+    for source, stdin in ((TEXT, None), (text, None), ("-", TEXT.encode())):
+        code, out, _ = icae("compress", source, "-o", "s.safetensors", "--model", checkpoint, "--json", stdin=stdin)
+        counts.append((code, json.loads(out)["tokens"]))
+    assert len(set(counts)) == 1
+
+
+def test_reconstruct_prints_text_and_measures_against_the_original(icae, checkpoint, slots, text):
+    code, out, _ = icae("reconstruct", slots, "--model", checkpoint, "--json", "--against", text)
+    result = json.loads(out)
+    assert code == 0
+    assert {"text", "loss", "bleu", "exact_match"} <= result.keys()
+    assert icae("reconstruct", slots, "--model", checkpoint, "--json") == (
+        0,
+        json.dumps({"text": result["text"]}, ensure_ascii=False) + "\n",
+        "",
+    )
+    assert icae("reconstruct", slots, "--model", checkpoint)[1].strip() == result["text"].strip()
+
+
+def test_ask_answers_from_slots_and_from_full_text(icae, checkpoint, slots, text):
+    for arguments in ((slots, "Who?"), ("Who?", "--text", text)):
+        code, out, _ = icae("ask", *arguments, "--max-tokens", 4, "--model", checkpoint, "--json")
+        assert code == 0
+        assert list(json.loads(out)) == ["answer"]
+
+
+def test_continue_is_greedy_unless_a_temperature_is_given_and_then_follows_the_seed(icae, checkpoint, slots):
+    def said(*extra):
+        return json.loads(icae("continue", slots, "--max-tokens", 8, "--model", checkpoint, "--json", *extra)[1])["text"]
+
+    assert said() == said("--seed", 3)
+    assert said("--temperature", 5, "--seed", 3) == said("--temperature", 5, "--seed", 3) != said("--temperature", 5, "--seed", 4)
+
+
+def test_evaluate_prints_figures_and_saves_them_with_their_origin(icae, checkpoint, text):
+    code, out, _ = icae(
+        *(
+            "evaluate",
+            "autoencoding",
+            "--text",
+            text,
+            "--lengths",
+            "8,12",
+            "--samples",
+            2,
+            "--model",
+            checkpoint,
+            "--json",
+            "--save",
+            "r/a.json",
+        )
+    )
+    assert code == 0
+    assert [set(r) >= {"length", "loss", "bleu", "exact_match", "token_accuracy"} for r in json.loads(out)] == [True, True]
+    report = json.loads(Path("r/a.json").read_text())
+    assert report["results"] == json.loads(out)
+    assert report["checkpoint"] == "tiny-kv-4x"
+    assert {"commit", "machine", "settings", "adapter"} <= report.keys()
+    code, out, _ = icae(
+        *("evaluate", "continuation", "--text", text, "--length", 10, "--target", 4, "--samples", 2, "--model", checkpoint, "--json")
+    )
+    assert {"ppl_text", "ppl_slots", "ppl_none"} <= json.loads(out).keys()
+
+
+def test_finetune_starts_from_an_adapter_and_evaluate_qa_measures_it(icae, checkpoint, tmp_path):
+    rows = [{"input": line, "prompt": f"What of {i}?", "answer": line.split()[1]} for i, line in enumerate(tiny.LINES)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = (f"init={checkpoint}", "model.segment_length=16", "steps=2", "batch_size=2", "output=tuned")
+    code, _, err = icae("finetune", "train=t.jsonl", *small)
+    assert code == 0, err
+    assert json.loads(Path("tuned/train_config.json").read_text())["objective"] == "instruct"
+    asked = ("--data", "t.jsonl", "--model", "tuned", "--max-tokens", 3, "--json", "--seed", 1)
+    code, out, err = icae("evaluate", "qa", *asked, "--samples", 3, "--responses", "said.jsonl", "--save", "r/qa.json")
+    assert code == 0, err
+    result = json.loads(out)
+    wanted = {
+        "n",
+        "f1_text",
+        "f1_slots",
+        "f1_none",
+        "f1_cut",
+        "f1_deleted",
+        "rouge1_text",
+        "rouge1_slots",
+        "f1_slots_minus_deleted_interval",
+    }
+    assert wanted <= result.keys() and result["n"] == 3
+    assert [set(json.loads(line)) for line in Path("said.jsonl").read_text().splitlines()] == [
+        {"prompt", "answers", "text", "slots", "none", "cut", "deleted"}
+    ] * 3
+    report = json.loads(Path("r/qa.json").read_text())
+    assert report["results"] == result and report["name"] == "qa" and report["settings"]["seed"] == 1
+    assert json.loads(icae("evaluate", "qa-documents", *asked)[1])["documents"] == 2
+    code, out, err = icae("evaluate", "qa-places", *asked, "--length", 60, "--sides", "slots,text", "--save", "r/places.json")
+    assert {"f1_slots_start", "f1_text_end", "worst_over_best_slots"} <= json.loads(out).keys(), err
+    assert json.loads(Path("r/places.json").read_text())["name"] == "qa-places"
+    for mistake, words in ((("--sides", "x"), "deleted"), (("--samples", 0), "samples"), (("--data", "none.jsonl"), "none.jsonl")):
+        code, out, err = icae("evaluate", "qa", *asked, *mistake)
+        assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_demo_runs_on_any_file_and_prints_for_people(icae, checkpoint, text):
+    code, out, _ = icae("demo", text, "--model", checkpoint, "-q", "Who painted the door?")
+    assert code == 0
+    assert all(words in out for words in ("memory slots", "BLEU", "Who painted the door?", "nothing", "peak"))
+    code, out, _ = icae("demo", text, "--model", checkpoint, "--json")
+    result = json.loads(out)
+    assert {"compress", "reconstruct", "continue", "ask"} <= result.keys()
+    assert all(result[step]["seconds"] > 0 and result[step]["memory_mb"] > 0 for step in ("compress", "reconstruct", "continue"))
+
+
+def test_info_tells_about_slots_checkpoints_and_itself(icae, checkpoint, slots):
+    assert json.loads(icae("info", slots, "--json")[1])["origin"]["kind"] == "kv"
+    assert json.loads(icae("info", checkpoint, "--json")[1])["ratio"] == 4
+    assert "adapters" in json.loads(icae("info", "--json")[1])
+
+
+def bad_inputs(tmp_path, checkpoint, slots):
+    """Return the arguments of each mistake, and words that its message must hold."""
+    (tmp_path / "binary").write_bytes(b"\x00\xff\xfe\x00" * 50)
+    (tmp_path / "latin.txt").write_bytes("Gr\xfc\xdfe".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "one.txt").write_text("a")
+    (tmp_path / "half.safetensors").write_bytes(slots.read_bytes()[:500])
+    flipped = bytearray(slots.read_bytes())
+    flipped[-9] ^= 1
+    (tmp_path / "flipped.safetensors").write_bytes(bytes(flipped))
+    (tmp_path / "typo.yaml").write_text("stpes: 3\n")
+    model = ("--model", checkpoint)
+    return {
+        "empty argument": (("compress", ""), "empty"),
+        "empty file": (("compress", "empty.txt"), "empty"),
+        "one token": (("compress", "one.txt", *model), "two tokens"),
+        "no such file": (("compress", "nothing.txt"), "nothing.txt"),
+        "a folder": (("compress", "."), "could not read"),
+        "not a text": (("compress", "binary"), "UTF-8"),
+        "another encoding": (("compress", "latin.txt"), "UTF-8"),
+        "ratio 0": (("compress", TEXT, "--ratio", 0), "ratio must be at least 1"),
+        "no checkpoint": (("compress", TEXT, "--model", "./no-such-folder"), "no-such-folder"),
+        "no slot file": (("reconstruct", "none.safetensors"), "icae compress"),
+        "truncated slots": (("reconstruct", "half.safetensors"), "truncated"),
+        "flipped byte": (("reconstruct", "flipped.safetensors"), "checksum"),
+        "another text": (("reconstruct", slots, "--against", "other.txt", *model), "not the text"),
+        "no question": (("ask", slots), "question"),
+        "empty question": (("ask", slots, " "), "question"),
+        "long prompt": (("ask", slots, "word " * 600, *model), "shorten"),
+        "bad lengths": (("evaluate", "autoencoding", "--text", "x", "--lengths", "a"), "whole numbers"),
+        "no samples": (("evaluate", "autoencoding", "--text", "x", "--samples", 0), "samples"),
+        "no text there": (("evaluate", "autoencoding", "--text", "./none", *model), "none"),
+        "no config": (("pretrain", "none.yaml"), "none.yaml"),
+        "typo in config": (("pretrain", "typo.yaml"), "steps"),
+        "bad override": (("pretrain", "typo.yaml", "steps"), "name=value"),
+        "no folder to save in": (("compress", TEXT, "-o", "no/such/s.safetensors", *model), "could not write"),
+    }
+
+
+def test_every_mistake_ends_in_one_line_and_exit_code_2(icae, checkpoint, slots, tmp_path):
+    (tmp_path / "other.txt").write_text("A short one.")
+    for name, (arguments, words) in bad_inputs(tmp_path, checkpoint, slots).items():
+        code, out, err = icae(*arguments)
+        assert (code, out) == (2, ""), (name, code, err)
+        assert err.startswith("icae: error: ") and err.count("\n") == 1 and words in err, (name, err)
+
+
+def test_slots_of_another_base_are_refused_with_both_names(icae, slots, other_base, tmp_path):
+    tiny.make_icae(other_base).save_pretrained(tmp_path / "other")
+    code, _, err = icae("reconstruct", slots, "--model", tmp_path / "other")
+    assert code == 2
+    assert "tiny-llama" in err and "other-llama" in err
+
+
+@pytest.mark.parametrize("config", sorted(p.name for p in (ROOT / "configs").glob("*.yaml")))
+def test_every_config_trains(icae, base_folder, config, tmp_path):
+    for n, line in enumerate(tiny.LINES):
+        (tmp_path / f"{n}.txt").write_text(" ".join([line] * 6))
+    triple = {"input": tiny.LINES[0], "prompt": "Who?", "answer": "The harbour master."}
+    (tmp_path / "t.jsonl").write_text((json.dumps(triple) + "\n") * 4)
+    tunes = config.startswith("finetune")
+    data = tmp_path / "t.jsonl" if tunes else tmp_path
+    small = ["steps=1", "batch_size=2", "eval_steps=1", "save_steps=1", "eval_samples=2", "windows=[[0, 8]]", f"model.base={base_folder}"]
+    small += ["model.lora_rank=2", "init=null", f"train={data}", f"held_out={data}", "output=run"]
+    small += [f"replay={tmp_path}"] if tunes else []
+    code, _, err = icae("finetune" if tunes else "pretrain", ROOT / "configs" / config, *small)
+    assert code == 0, err
+    assert {"config.json", "adapter_model.safetensors", "memory.safetensors", "trainer_state.json"} <= {
+        p.name for p in Path("run").iterdir()
+    }
+
+
+def test_every_default_is_in_the_made_page_and_the_page_is_up_to_date():
+    result = subprocess.run([sys.executable, ROOT / "docs" / "make.py", "--check"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"`icae evaluate autoencoding`", (ROOT / "docs" / "cli.md").read_text())

@@ -1,0 +1,188 @@
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+from tiny import LINES, one_line
+
+import icae.data
+from icae.config import ICAEConfig, TrainConfig
+from icae.data import Corpus, HeldOut, Windows, documents, load_corpus, read_text
+from icae.errors import ICAEError
+from icae.objectives import Marker
+
+CONFIG = ICAEConfig(segment_length=16)
+
+
+def corpus_of(*lengths):
+    """Documents of consecutive ids: 100, 101, ... ; 200, 201, ..."""
+    ids = np.concatenate([np.arange(n, dtype=np.uint32) + 100 * (i + 1) for i, n in enumerate(lengths)])
+    return Corpus(ids, np.cumsum([0, *lengths]))
+
+
+def windows(base, corpus=None, *, processes=1, config=CONFIG, **settings):
+    settings = {"steps": 30, "windows": [[0, 12]], "continuation_length": 6, **settings}
+    return Windows(corpus or corpus_of(60, 50), base, config, TrainConfig(**settings), processes=processes)
+
+
+def rows_to_jsonl(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def refused(call, *parts):
+    with pytest.raises(ICAEError) as error:
+        call()
+    one_line(error.value, *parts)
+
+
+# ---- text ----
+
+
+@pytest.mark.parametrize("data", [b"plain\0zero", b"\xff\xfe\x00t", b"\xe9t\xe9", os.urandom(300) + b"\xff"])
+def test_a_file_that_is_no_text_is_refused(tmp_path, data):
+    (tmp_path / "a.bin").write_bytes(data)
+    refused(lambda: read_text(tmp_path / "a.bin"), "a.bin", "not a text file in UTF-8")
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    refused(lambda: read_text(tmp_path / "none.txt"), "none.txt")
+    refused(lambda: read_text(tmp_path), str(tmp_path), "Is a directory")
+    refused(lambda: list(documents(str(tmp_path / "none.txt"))), "none.txt")
+    refused(lambda: list(documents(str(tmp_path))), "holds no .txt")
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert read_text(tmp_path / "a.txt") == "hello"
+
+
+def test_documents_of_a_folder_come_by_name_and_those_of_a_jsonl_by_line(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name, text in {"b.txt": "second", "a.txt": "first", "sub/c.txt": "third", "d.md": "no"}.items():
+        (tmp_path / name).write_text(text)
+    assert list(documents(str(tmp_path))) == ["first", "second", "third"]
+    assert list(documents(str(tmp_path / "b.txt"))) == ["second"]
+    odd = "line separators \u2028 and \x85 stay inside"
+    assert list(documents(rows_to_jsonl(tmp_path / "x.jsonl", [{"text": odd}, {"input": "context"}]))) == [odd, "context"]
+
+
+@pytest.mark.parametrize("row", ['{"text": ', '{"other": "x"}', "[1]", '"text"', "3", '{"text": 5}'])
+def test_a_bad_line_of_a_jsonl_is_named(tmp_path, row):
+    path = rows_to_jsonl(tmp_path / "x.jsonl", [{"text": "fine"}, row])
+    refused(lambda: list(documents(path)), "x.jsonl, line 2", "text")
+
+
+# ---- corpus ----
+
+
+def test_windows_lie_in_one_document_and_every_place_comes_up(base):
+    corpus, chance = corpus_of(12, 3, 10), np.random.default_rng(0)
+    drawn = [corpus.window(chance, 8) for _ in range(400)]
+    assert all(w == list(range(w[0], w[0] + 8)) for w in drawn)
+    starts = [w[0] for w in drawn]
+    assert set(starts) == {100, 101, 102, 103, 104, 300, 301, 302}
+    assert max(map(starts.count, set(starts))) < 3 * min(map(starts.count, set(starts)))
+
+
+def test_windows_longer_than_every_document_are_refused():
+    refused(lambda: corpus_of(12, 3).window(np.random.default_rng(0), 13), "no document has 13 tokens")
+
+
+def test_a_corpus_is_its_documents_ids_end_to_end(base, home, tmp_path):
+    for i, line in enumerate(LINES):
+        (tmp_path / f"{i}.txt").write_text(line)
+    corpus = load_corpus(str(tmp_path), base)
+    assert corpus.ids.tolist() == [i for line in LINES for i in base.encode(line)]
+    assert np.diff(corpus.starts).tolist() == [len(base.encode(line)) for line in LINES]
+    assert load_corpus(str(tmp_path), base, max_tokens=1).starts.tolist() == [0, len(base.encode(LINES[0]))]
+
+
+def test_a_corpus_is_tokenised_once_and_again_when_its_text_has_changed(base, home, tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text(LINES[0])
+    first = load_corpus(str(file), base)
+    with monkeypatch.context() as m:
+        m.setattr(icae.data, "documents", lambda *_: pytest.fail("read again"))
+        assert load_corpus(str(file), base).ids.tolist() == first.ids.tolist()
+    time.sleep(0.01)
+    file.write_text(LINES[0][::-1])  # as long as before
+    assert load_corpus(str(file), base).ids.tolist() == base.encode(LINES[0][::-1])
+
+
+def test_a_source_without_text_is_refused(base, home, tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    refused(lambda: load_corpus(str(tmp_path), base), "holds no text")
+
+
+# ---- pretraining samples ----
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 30), (0.5, 60), (0.7, 84), (1.0, 120)])
+def test_lambdas_share_of_the_samples_autoencodes_exactly(base, share, count):
+    data = windows(base, autoencoding_share=share)
+    markers = [data[i].marker for i in range(len(data))]
+    assert len(markers) == 120 and markers.count(Marker.AE) == count
+    for at in range(0, 120, 20):
+        assert markers[at : at + 20].count(Marker.AE) == round(20 * share)
+
+
+def test_a_sample_is_a_function_of_seed_and_index(base):
+    a, b, other = windows(base), windows(base), windows(base, seed=1)
+    order = np.random.default_rng(0).permutation(40)
+    assert [b[int(i)] for i in order] == [a[int(i)] for i in order]
+    assert [a[i] for i in range(10)] != [other[i] for i in range(10)]
+    assert len({str(a[i]) for i in range(40)}) > 30
+
+
+def test_samples_are_windows_and_what_follows_them(base):
+    data = windows(base, autoencoding_share=0.5)
+    for i in range(40):
+        e = data[i]
+        context = [t for s in e.segments for t in s]
+        assert context == list(range(context[0], context[0] + 12))
+        if e.marker == Marker.AE:
+            assert e.target == [*context, base.tokenizer.eos_token_id]
+        else:
+            assert e.target == list(range(context[-1] + 1, context[-1] + 7))
+
+
+def test_autoencoding_may_go_without_eos(base):
+    e = windows(base, autoencoding_share=1.0, autoencoding_eos=False)[0]
+    assert e.target == e.segments[0]
+
+
+def test_the_curriculum_sets_the_window_by_step(base):
+    data = windows(base, windows=[[0, 4], [2, 8], [5, 16]], batch_size=2, accumulation=2, steps=7, autoencoding_share=1.0)
+    assert len(data) == 28
+    assert [sum(map(len, data[i].segments)) for i in range(28)] == [4] * 8 + [8] * 12 + [16] * 8
+
+
+def test_processes_and_accumulation_see_the_same_samples_in_the_same_step(base):
+    settings = {"windows": [[0, 4], [3, 8]], "batch_size": 2, "ratios": [2, 4, 8]}
+    one, two = windows(base, accumulation=2, **settings), windows(base, processes=2, **settings)
+    assert len(one) == len(two)
+    assert [one[i] for i in range(len(one))] == [two[i] for i in range(len(two))]
+
+
+def test_a_batch_has_one_ratio_and_the_ratios_all_come_up(base):
+    data = windows(base, ratios=[2, 4, 8], batch_size=4)
+    ratios = [data[i].ratio for i in range(len(data))]
+    assert all(len(set(ratios[at : at + 4])) == 1 for at in range(0, len(ratios), 4))
+    assert set(ratios) == {2, 4, 8}
+
+
+def test_continuations_draw_their_segments_and_never_more_target_than_window(base):
+    data = windows(base, autoencoding_share=0.0, continuation_length=99, windows=[[0, 8, 3]], continuation_unscored=2)
+    counts = [len(data[i].segments) for i in range(60)]
+    assert set(counts) == {1, 2, 3}
+    for i in range(60):
+        assert {len(s) for s in data[i].segments} == {8} and len(data[i].target) == 8 and data[i].unscored == 2
+
+
+def test_held_out_samples_are_fixed_whatever_the_runs_seed_and_curriculum(base):
+    a = HeldOut(windows(base, seed=0, windows=[[0, 4], [9, 12]], ratios=[8]), 10)
+    b = HeldOut(windows(base, seed=7, windows=[[0, 12]], steps=3), 10)
+    assert len(a) == 10 and [a[i] for i in range(10)] == [b[i] for i in range(10)]
+    assert {sum(map(len, a[i].segments)) for i in range(10)} == {12} and {a[i].ratio for i in range(10)} == {None}

@@ -1,0 +1,141 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import LINES, make_icae, one_line
+
+from icae.baselines import cut_off, delete_by_surprise
+from icae.chat import full_text
+from icae.errors import ICAEError
+from icae.metrics import token_f1
+from icae.qa import PLACES, SIDES, documents, drawn, places, qa
+from icae.slots import MemorySlots
+from icae.triples import Triple
+
+TRIPLES = [Triple(f"{line} {i}", f"Question {i}?", f"answer {i}", (f"answer {i}", line.split()[1])) for i, line in enumerate(LINES * 2)]
+
+
+def test_every_side_is_asked_what_its_name_says(base, kind):
+    """Each response equals the one that is asked for alone, so that order and batches change nothing."""
+    model = make_icae(base, kind=kind, stirred=0.05)
+    results, rows = qa(model, TRIPLES, max_new_tokens=4, batch_size=3)
+    counts = []
+    for t, row in zip(TRIPLES, rows, strict=True):
+        ids, (slots,) = base.encode(t.context), model.compress([t.context])
+        counts.append(slots.count)
+        shortened = {"cut": cut_off(ids, slots.count), "deleted": delete_by_surprise(base, ids, slots.count)}
+        expected = {
+            "slots": model.answer(slots, t.prompt, max_new_tokens=4),
+            "text": model.answer_text(t.context, t.prompt, max_new_tokens=4),
+            "none": model.answer(None, t.prompt, max_new_tokens=4),
+            **{side: model.answer(None, full_text(base.decode(kept), t.prompt), max_new_tokens=4) for side, kept in shortened.items()},
+        }
+        assert {side: row[side] for side in SIDES} == expected
+    assert results["n"] == 8 and results["budget"] == np.mean(counts)
+    assert {f"{m}_{side}" for m in ("f1", "rouge1") for side in SIDES} <= results.keys()
+
+
+def test_differences_are_paired(base, monkeypatch):
+    """Two sides whose questions differ by the same amount have a difference without spread, however their means spread."""
+    model = make_icae(base)
+    said = iter([["noon", "noon green", "bell", "bell green"], ["noon", "noon", "bell", "bell"]])
+    monkeypatch.setattr(model, "answers", lambda *_, **__: next(said))
+    triples = [Triple(LINES[0], "?", a, (a,)) for a in ("noon", "noon green", "bell", "bell green")]
+    results, _ = qa(model, triples, sides=["slots", "none"], batch_size=4)
+    differences = [token_f1(a, [a]) - token_f1(a.split()[0], [a]) for a in ("noon", "noon green", "bell", "bell green")]
+    assert results["f1_slots_minus_none"] == pytest.approx(np.mean(differences))
+    low, high = results["f1_slots_minus_none_interval"]
+    assert min(differences) <= low <= results["f1_slots_minus_none"] <= high <= max(differences)
+    assert results["f1_slots"] == 1 and results["f1_slots_interval"] == (1, 1)
+
+
+def test_only_the_wanted_sides_are_asked_and_others_refused(base):
+    model = make_icae(base)
+    results, rows = qa(model, TRIPLES[:2], sides=["none"], max_new_tokens=2)
+    assert set(rows[0]) == {"prompt", "answers", "none"} and "budget" not in results
+    with pytest.raises(ICAEError) as error:
+        qa(model, TRIPLES, sides=["slots", "half"])
+    one_line(error.value, "half", "deleted")
+
+
+def test_joined_documents_are_made_alone_and_hold_the_asked_one(base, kind):
+    model = make_icae(base, kind=kind, stirred=0.05)
+    results, rows = documents(model, TRIPLES, count=2, max_new_tokens=3, batch_size=3, seed=1)
+    assert {row["place"] for row in rows} == {0, 1}
+    everyone = {t.context: model.compress(t.context) for t in TRIPLES}
+    for t, row in zip(TRIPLES, rows, strict=True):
+        own = everyone[t.context]
+        assert row["one"] == model.answer(own, t.prompt, max_new_tokens=3)
+        pairs = [[own, s] if row["place"] == 0 else [s, own] for c, s in everyone.items() if c != t.context]
+        assert row["several"] in {model.answer(MemorySlots.concatenate(pair), t.prompt, max_new_tokens=3) for pair in pairs}
+    assert {"n", "documents", "f1_one", "f1_several", "several_over_one", "f1_first", "f1_last"} <= results.keys()
+    assert documents(model, TRIPLES, count=2, max_new_tokens=3, batch_size=8, seed=1)[1] == rows
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_places_ask_the_same_question_of_the_paragraphs_in_another_order(base, monkeypatch, whole):
+    model = make_icae(base, segment_length=32)
+    seen = []
+    compress_ids = type(model).compress_ids
+    monkeypatch.setattr(type(model), "compress_ids", lambda self, ids, **k: seen.extend(ids) or compress_ids(self, ids, **k))
+    results, rows = places(model, TRIPLES[:5], length=100, whole=whole, max_new_tokens=2, batch_size=1)
+    assert {f"f1_slots_{place}" for place in PLACES} | {"worst_over_best_slots"} <= results.keys()
+    if whole:
+        asked = sorted(TRIPLES[:5], key=lambda t: len(t.context))
+        assert len(seen) == 15
+        for n, t in enumerate(asked):
+            own, (start, middle, end) = base.encode(t.context), seen[3 * n : 3 * n + 3]
+            assert len(start) == len(middle) == len(end)
+            assert start[: len(own)] == own == end[-len(own) :]
+            assert own in [middle[at : at + len(own)] for at in range(len(middle))] or len(start) < 2 * len(own)
+    else:
+        paragraphs = [tuple(ids) for ids in seen]
+        pool = {tuple(base.encode(t.context)) for t in TRIPLES[:5]}
+        assert all(paragraphs.count(p) <= 1 for p in pool)  # whole paragraphs are compressed once for all questions and places
+    assert all({f"slots_{place}" for place in PLACES} <= row.keys() for row in rows)
+
+
+def test_places_fill_their_length_and_refuse_what_they_cannot(base):
+    model = make_icae(base)
+    with pytest.raises(ICAEError) as error:
+        places(model, TRIPLES[:2], length=300, max_new_tokens=2)
+    one_line(error.value, "300", "--length")
+    with pytest.raises(ICAEError) as error:
+        documents(model, TRIPLES[:1], max_new_tokens=2)
+    one_line(error.value, "2 documents")
+
+
+def test_questions_are_drawn_by_seed():
+    assert drawn(TRIPLES, None, 0) == drawn(TRIPLES, 99, 0) == TRIPLES
+    some = drawn(TRIPLES, 4, 0)
+    assert len(some) == 4 and some == drawn(TRIPLES, 4, 0) and [t for t in TRIPLES if t in some] == some
+    assert any(drawn(TRIPLES, 4, seed) != some for seed in range(1, 5))
+
+
+def test_the_made_table_shows_what_the_evaluations_return(base, tmp_path, monkeypatch):
+    """docs/make.py, on the figures of a tiny model: every reader has its row, and slots their share of the upper bound."""
+    spec = importlib.util.spec_from_file_location("make", Path(__file__).parent.parent / "docs" / "make.py")
+    make = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make)
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    assert make.answers_table() == "Not measured yet.\n"
+    model = make_icae(base)
+    triples = [Triple(line, "?", line.split()[1], (line.split()[1],)) for line in LINES]
+    said = iter([["harbour", "kettle", "bell"]] * 99)
+    monkeypatch.setattr(model, "answers", lambda _, asked, **__: next(said)[: len(asked)])
+    figures = {
+        "qa": qa(model, triples, batch_size=3)[0],
+        "qa-full-text": qa(model, triples, sides=["text", "none"], batch_size=3)[0] | {"f1_text": 0.5},
+        "qa-documents": documents(model, triples, batch_size=3)[0],
+        "qa-places": places(model, triples, length=100, batch_size=3)[0],
+    }
+    (tmp_path / "results").mkdir()
+    for name, results in figures.items():
+        settings = {"data": "d.jsonl", "samples": None, "seed": 0}
+        report = {"name": name, "checkpoint": f"of {name}", "settings": settings, "results": results, "commit": "c0ffee"}
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(report))
+    table = make.answers_table()
+    assert table.count("| c0ffee |") == 6 and f"| {figures['qa']['f1_slots'] / 0.5:.1%} |" in table
+    assert f"{figures['qa-documents']['several_over_one']:.1%}" in table and "at the middle" in table

@@ -1,0 +1,56 @@
+"""Every command line and Python block of the README is run as it stands, on the shipped adapter (or, where it trains, on a tiny base)."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from icae import cli
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\$ (.+)$", README, re.MULTILINE)
+MANUAL = "The Marlow 40 is a small mill. Fill the brass cup above its main bearing with linseed oil before the first run.\n"
+
+
+def run(line: str, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code, (line, capsys.readouterr().err)
+    return capsys.readouterr().out
+
+
+@pytest.mark.real
+def test_every_command_of_the_readme_runs(monkeypatch, capsys, tmp_path, real_base):
+    assert len(COMMANDS) >= 7
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("icae.checkpoint.load_base", lambda *_, **__: real_base)  # loaded once for all of them
+    Path("manual.txt").write_text(MANUAL)
+    said = {line: run(line, monkeypatch, capsys) for line in COMMANDS if "pretrain" not in line}
+    assert "slots" in said["icae compress manual.txt -o slots.safetensors"]
+    assert all(out.strip() for out in said.values())
+
+
+@pytest.mark.real
+def test_the_python_of_the_readme_runs(monkeypatch, capsys, tmp_path, real_base):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("icae.checkpoint.load_base", lambda *_, **__: real_base)
+    (code,) = re.findall(r"```python\n(.+?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "tokens in" in capsys.readouterr().out
+
+
+def test_the_training_command_of_the_readme_runs_on_another_base(monkeypatch, capsys, tmp_path, base_folder):
+    (line,) = [line for line in COMMANDS if "pretrain" in line]
+    config = Path(__file__).parent.parent / line.split()[2]
+    monkeypatch.chdir(tmp_path)
+    Path("my-texts").mkdir()
+    Path("my-texts/a.txt").write_text(" ".join(tiny.LINES * 4))
+    line = line.replace(line.split()[2], str(config)).replace("meta-llama/Llama-3.2-1B", str(base_folder))
+    line = line.replace("device=cuda bf16=true", "device=cpu steps=1 windows=[[0,8]] held_out=null output=run")
+    run(line, monkeypatch, capsys)
+    assert Path("run/adapter_model.safetensors").exists()

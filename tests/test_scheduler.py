@@ -1,0 +1,358 @@
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+from tiny import make_icae, random_ids
+
+from icae.errors import ICAEError
+from icae.model import GREEDY, Sampling
+from icae.objectives import Marker
+from icae.server import batch as batch_room
+from icae.server.batch import Batch, Prefixes, prefill
+from icae.server.scheduler import Closing, Done, Failed, Full, Job, Scheduler, Token
+from icae.slots import MemorySlots
+
+
+def begin(model, ids, slots=None, limit=12, sampling=GREEDY, marker=Marker.FT):
+    """The work of one generation, as a generator."""
+    prefix = None if slots is None else Prefixes(model, 1 << 30).put("x", slots)
+    prompt = model.base.embed(torch.tensor(ids, dtype=torch.long))
+    return prefill(model, prefix, None if slots is None else marker, prompt, limit, sampling)
+
+
+def finish(work):
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def alone(model, ids, slots=None, limit=12, sampling=GREEDY):
+    """What the library makes of the same request, one at a time."""
+    marker = None if slots is None else Marker.FT
+    return model._collect(None if slots is None else [slots], [ids], marker, [limit], sampling)[0]
+
+
+def requests(model, count, seed=0):
+    chance = random.Random(seed)
+    made = []
+    for i in range(count):
+        ids = random_ids(chance.randint(1, 30), seed=i)[0]
+        slots = model.compress_ids(random_ids(chance.randint(2, 60), seed=100 + i))[0] if chance.random() < 0.7 else None
+        sampling = Sampling(0.8, 0.9, seed=i) if i % 3 == 2 else GREEDY
+        made.append({"ids": ids, "slots": slots, "limit": chance.randint(1, 25), "sampling": sampling})
+    return made
+
+
+@pytest.fixture
+def model(base, kind):
+    return make_icae(base, kind=kind, stirred=0.05)
+
+
+def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch):
+    monkeypatch.setattr(batch_room, "PREFILL", 7)
+    asked = requests(model, 14)
+    batch, waiting, rows, steps = Batch(model), list(range(14)), {}, 0
+    while waiting or batch.rows:
+        if waiting and (steps % 3 == 0 or not batch.rows):
+            i = waiting.pop(0)
+            rows[i] = finish(begin(model, **asked[i]))
+            if rows[i].finished is None:
+                batch.join(rows[i])
+        if batch.rows:
+            batch.step()
+        steps += 1
+        for row in [r for r in batch.rows if r.finished is not None]:
+            batch.leave(row)
+    assert [rows[i].ids for i in range(14)] == [alone(model, **a) for a in asked]
+    assert {r.finished for r in rows.values()} >= {"length"}
+    assert batch.layers == []
+
+
+def test_families_with_sliding_windows_answer_as_alone(family_base):
+    model = make_icae(family_base, kind="embedding", stirred=0.05)
+    asked = [{**r, "limit": 30} for r in requests(model, 5)]
+    batch, rows = Batch(model), [finish(begin(model, **a)) for a in asked]
+    for row in rows:
+        if row.finished is None:
+            batch.join(row)
+            batch.step()
+            for r in [r for r in batch.rows if r.finished is not None]:
+                batch.leave(r)
+    while batch.rows:
+        batch.step()
+        for row in [r for r in batch.rows if r.finished is not None]:
+            batch.leave(row)
+    assert [r.ids for r in rows] == [alone(model, **a) for a in asked]
+
+
+def test_what_does_not_fit_is_refused(model):
+    with pytest.raises(ICAEError, match="512; shorten"):
+        finish(begin(model, random_ids(500)[0], limit=13))
+    with pytest.raises(ICAEError, match="empty"):
+        finish(begin(model, []))
+
+
+def test_hot_prefixes_are_kept_within_bytes(model):
+    slots = [model.compress_ids(random_ids(n))[0] for n in (40, 40, 40)]
+    size = Prefixes(model, 1 << 30).put("a", slots[0]).bytes
+    kept = Prefixes(model, 2 * size)
+    kept.put("a", slots[0]), kept.put("b", slots[1]), kept.get("a"), kept.put("c", slots[2])
+    assert list(kept.kept) == ["a", "c"] and kept.bytes == 2 * size and (kept.hits, kept.misses) == (1, 0)
+    assert kept.get("b") is None
+    kept.drop("a")
+    assert kept.bytes == size
+    none = Prefixes(model, size - 1)
+    none.put("a", slots[0])
+    assert none.bytes == 0 and not none.kept
+
+
+def test_the_buffer_holds_what_the_answers_may_need_and_no_more(model):
+    batch, row = Batch(model), finish(begin(model, random_ids(100)[0], limit=10))
+    batch.join(row)
+    while row.finished is None:
+        batch.step()
+        assert batch.layers[0].keys.shape[2] <= 100 + 10
+    assert row.ids == alone(model, random_ids(100)[0], limit=10)
+
+
+def test_reading_a_prompt_leaves_its_prefix_as_it_was(model):
+    slots = model.compress_ids(random_ids(40))[0]
+    prefix = Prefixes(model, 1 << 30).put("x", slots)
+    before = [t.clone() for pair in prefix.layers for t in pair]
+    prompt = model.base.embed(torch.tensor(random_ids(9)[0]))
+    made = [finish(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)) for _ in range(2)]
+    batch = Batch(model)
+    for row in made:
+        batch.join(row)
+    batch.step()
+    assert made[0].ids == made[1].ids and all(map(torch.equal, before, (t for pair in prefix.layers for t in pair)))
+
+
+# ---- the thread ----
+
+
+@pytest.fixture
+def scheduler(base):
+    model = make_icae(base, stirred=0.05)
+    made = Scheduler(model, max_rows=4, max_queue=3)
+    made.model = model
+    made.start()
+    yield made
+    made.close(5)
+    assert not made.thread.is_alive()
+
+
+class Inbox:
+    def __init__(self):
+        self.events = queue.Queue()
+        self.put = self.events.put
+
+    def rest(self, timeout=20):
+        """All events up to the last one."""
+        made = []
+        while not made or isinstance(made[-1], Token):
+            made.append(self.events.get(timeout=timeout))
+        return made
+
+
+def pieces(count, log=None, name="", value=None, gate=None):
+    """Work that is no generation: `count` pieces, noted in `log`."""
+    for _ in range(count):
+        if gate is not None:
+            gate.wait(20)
+        if log is not None:
+            log.append(name)
+        yield
+    return value
+
+
+def test_many_clients_at_once_get_what_each_would_get_alone(scheduler):
+    model, asked = scheduler.model, requests(scheduler.model, 24, seed=5)
+    expected, got = [alone(model, **a) for a in asked], {}
+
+    def client(i):
+        inbox = Inbox()
+        while True:
+            try:
+                scheduler.submit(Job(begin(model, **asked[i]), inbox.put, tenant=str(i % 3)))
+                break
+            except Full:
+                time.sleep(0.01)
+        events = inbox.rest()
+        assert isinstance(events[-1], Done)
+        tokens = [e.ids for e in events[:-1]]
+        assert [len(t) for t in tokens] == list(range(1, len(tokens) + 1))  # one at a time, none lost
+        got[i] = tokens[-1] if tokens else []
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(24)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert [got[i] for i in range(24)] == expected
+    assert scheduler.step_rows > 1.5 * scheduler.steps  # they did run together
+    assert scheduler.active == scheduler.queued == 0 and scheduler.batch.layers == []
+
+
+def test_a_generation_goes_on_while_another_job_prepares(scheduler):
+    log, inbox, other = [], Inbox(), Inbox()
+    scheduler.submit(Job(begin(scheduler.model, random_ids(5)[0], limit=60), lambda e: (log.append("token"), inbox.put(e))))
+    scheduler.submit(Job(pieces(20, log, "piece"), other.put))
+    inbox.rest(), other.rest()
+    first, last = log.index("piece"), len(log) - 1 - log[::-1].index("piece")
+    assert log[first:last].count("token") >= 10
+
+
+def test_tenants_take_turns(scheduler):
+    log, gate, inboxes = [], threading.Event(), []
+    for name, count in [("gate", 1), *[("greedy", 3)], ("modest", 1)]:
+        for _ in range(count * (4 if name == "gate" else 1)):
+            inboxes.append(Inbox())
+            scheduler.submit(
+                Job(pieces(1, log, name, gate=gate), inboxes[-1].put, tenant="gate" + str(len(inboxes)) if name == "gate" else name)
+            )
+    gate.set()
+    [i.rest() for i in inboxes]
+    assert log[:4] == ["gate"] * 4 and log.index("modest") <= 5
+
+
+def test_a_full_queue_refuses_one_tenant_and_not_the_others(scheduler):
+    gate, inbox = threading.Event(), Inbox()
+    for i in range(4):
+        scheduler.submit(Job(pieces(1, gate=gate), inbox.put, tenant=f"t{i}"))
+    time.sleep(0.1)
+    for _ in range(3):
+        scheduler.submit(Job(pieces(1), inbox.put, tenant="a"))
+    with pytest.raises(Full) as full:
+        scheduler.submit(Job(pieces(1), inbox.put, tenant="a"))
+    assert full.value.retry_after >= 1
+    scheduler.submit(Job(pieces(1), inbox.put, tenant="b"))
+    gate.set()
+    for _ in range(8):
+        assert isinstance(inbox.events.get(timeout=10), Done)
+
+
+def test_cancelled_jobs_stop_wherever_they_are(scheduler):
+    closed, gate, inbox = threading.Event(), threading.Event(), Inbox()
+
+    def work():
+        try:
+            while True:
+                gate.wait(20)
+                yield
+        finally:
+            closed.set()
+
+    preparing = Job(work(), inbox.put)
+    running = Job(begin(scheduler.model, [5, 6], limit=400), inbox.put)
+    scheduler.submit(preparing), scheduler.submit(running)
+    gate.set()
+    inbox.events.get(timeout=10)
+    preparing.cancel(), running.cancel()
+    assert closed.wait(10)
+    deadline = time.monotonic() + 10
+    while scheduler.active and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert scheduler.active == 0 and not scheduler.batch.rows
+
+
+def test_a_sink_that_is_gone_cancels(scheduler):
+    def sink(event):
+        raise RuntimeError("the loop is closed")
+
+    job = Job(begin(scheduler.model, [5, 6], limit=400), sink)
+    scheduler.submit(job)
+    deadline = time.monotonic() + 10
+    while not (job.cancelled and scheduler.active == 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert job.cancelled and not scheduler.batch.rows
+
+
+def test_jobs_that_take_too_long_fail(scheduler):
+    def slow():
+        while True:
+            time.sleep(0.01)
+            yield
+
+    inbox = Inbox()
+    scheduler.submit(Job(slow(), inbox.put, timeout=0.05))
+    (event,) = inbox.rest()
+    assert isinstance(event, Failed) and event.status == 504
+
+
+def test_errors_fail_their_own_job_alone(scheduler):
+    def bad(error):
+        yield
+        raise error
+
+    first, second, third = Inbox(), Inbox(), Inbox()
+    scheduler.submit(Job(bad(ICAEError("mend this")), first.put))
+    scheduler.submit(Job(bad(RuntimeError("secret")), second.put))
+    scheduler.submit(Job(begin(scheduler.model, [5, 6]), third.put))
+    assert first.rest() == [Failed(400, "mend this")]
+    (event,) = second.rest()
+    assert event.status == 500 and "secret" not in event.message
+    assert isinstance(third.rest()[-1], Done)
+
+
+def test_a_step_that_breaks_fails_its_rows_and_the_next_work(scheduler, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(scheduler.batch, "step", lambda: 1 / 0)
+        inbox = Inbox()
+        scheduler.submit(Job(begin(scheduler.model, [5, 6], limit=30), inbox.put))
+        assert inbox.rest()[-1].status == 500
+    inbox = Inbox()
+    scheduler.submit(Job(begin(scheduler.model, [5, 6], limit=30), inbox.put))
+    assert isinstance(inbox.rest()[-1], Done)
+
+
+def test_a_defect_of_the_thread_s_own_fails_what_is_there_and_the_next_works(scheduler, monkeypatch):
+    inbox, forget = Inbox(), scheduler._forget
+    gate = threading.Event()
+
+    def broken():
+        if gate.is_set():
+            gate.clear()
+            raise RuntimeError("secret")
+        forget()
+
+    monkeypatch.setattr(scheduler, "_forget", broken)
+    gate.set()
+    scheduler.submit(Job(begin(scheduler.model, [5, 6], limit=400), inbox.put))
+    (event,) = inbox.rest()
+    assert event == Failed(500, "the server made a mistake; it is in its log")
+    scheduler.submit(Job(begin(scheduler.model, [5, 6], limit=30), inbox.put))
+    assert isinstance(inbox.rest()[-1], Done) and scheduler.alive
+
+
+def test_closing_finishes_what_runs_and_takes_nothing_new(scheduler):
+    inbox = Inbox()
+    for _ in range(3):
+        scheduler.submit(Job(begin(scheduler.model, [5, 6], limit=40), inbox.put))
+    scheduler.close(20)
+    assert [type(inbox.rest()[-1]) for _ in range(3)] == [Done] * 3
+    with pytest.raises(Closing):
+        scheduler.submit(Job(pieces(1), inbox.put))
+
+
+def test_closing_fails_what_does_not_end(scheduler):
+    stop, inbox = threading.Event(), Inbox()
+
+    def endless():
+        while not stop.is_set():
+            time.sleep(0.01)
+            yield
+
+    scheduler.submit(Job(endless(), inbox.put))
+    time.sleep(0.05)
+    scheduler.close(0.1)
+    assert inbox.rest()[-1].status == 503
+    stop.set()
+
+
+def test_slots_of_several_contexts_are_one_prefix(model):
+    parts = [model.compress_ids(random_ids(n, seed=n))[0] for n in (20, 33)]
+    joined = MemorySlots.concatenate(parts)
+    assert finish(begin(model, [5, 6, 7], joined, limit=1)).ids == alone(model, [5, 6, 7], joined, limit=1)

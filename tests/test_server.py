@@ -1,0 +1,699 @@
+import asyncio
+import base64
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import uvicorn
+from fastapi.testclient import TestClient
+from safetensors.torch import save as to_safetensors
+from tiny import LINES, TEMPLATE, base_logits, make_icae, one_line, random_ids
+from typer import Typer
+from typer.testing import CliRunner
+
+from icae.errors import ICAEError
+from icae.model import GREEDY
+from icae.objectives import Example, Marker
+from icae.serve_cli import serve
+from icae.server.app import create_app
+from icae.server.keys import Keyring
+from icae.server.limits import Limits
+from icae.server.service import Speech
+from icae.slots import MemorySlots
+from icae.store import SlotStore
+
+TEXT, QUESTION = " ".join(LINES), "Who rings?"
+MODEL = "tiny-icae"
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return make_icae(base, stirred=0.05)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return SlotStore(tmp_path / "store")
+
+
+@pytest.fixture
+def client(model, store):
+    with TestClient(create_app(model, store, name=MODEL), raise_server_exceptions=False) as made:
+        yield made
+
+
+def context(**part):
+    return {"type": "context", **part}
+
+
+def ask(client, *parts, question=QUESTION, **options):
+    content = [*parts, {"type": "text", "text": question}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 12, **options}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def said(reply):
+    assert reply.status_code == 200, reply.text
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def events(reply):
+    """The chunks of a stream, which must end as OpenAI's does."""
+    lines = [line for line in reply.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def problem(reply, status, *parts):
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"] and "Traceback" not in reply.text
+    for part in parts:
+        assert part in error["message"]
+    return error
+
+
+def library(model, store, name, question=QUESTION, limit=12):
+    """What the library itself answers from the stored slots, stripped of nothing."""
+    return "".join(model.stream_answer(store.load(name), question, max_new_tokens=limit))
+
+
+# ---- contexts ----
+
+
+def test_a_context_is_made_once_listed_shown_and_deleted(client, store):
+    first = client.post("/v1/contexts", json={"text": TEXT, "name": "harbour"}).json()
+    assert first["cached"] is False and first["name"] == "harbour" and re.fullmatch("[0-9a-f]{32}", first["id"])
+    assert first["tokens"] == len(store.read(store.entry("harbour").entry)[1]) and first["slots"] < first["tokens"]
+    again = client.post("/v1/contexts", json={"text": TEXT, "name": "harbour"}).json()
+    assert again["cached"] is True and again["id"] == first["id"]
+    assert [c["id"] for c in client.get("/v1/contexts").json()["data"]] == [first["id"]]
+    assert client.get(f"/v1/contexts/{first['id']}").json()["slots"] == first["slots"]
+    assert client.delete(f"/v1/contexts/{first['id']}").json()["deleted"] is True
+    problem(client.get(f"/v1/contexts/{first['id']}"), 404)
+    problem(client.delete(f"/v1/contexts/{first['id']}"), 404)
+    assert store.entries() == []
+
+
+def test_json_plain_text_and_uploads_make_the_same_content(client, store):
+    client.post("/v1/contexts", json={"text": TEXT, "name": "json"})
+    client.post("/v1/contexts", content=TEXT.encode(), headers={"content-type": "text/plain; charset=utf-8"})
+    client.post("/v1/contexts", files={"file": ("../../etc/passwd", TEXT.encode())})
+    client.post("/v1/contexts", files={"file": ("x.txt", TEXT.encode())}, data={"name": "named", "ratio": "2"})
+    entries = {e.name: e for e in store.entries()}
+    assert set(entries) == {"json", f"text-{entries['json'].entry[:12]}", ".._.._etc_passwd", "named"}
+    assert len({e.entry for e in entries.values()}) == 2 and entries["named"].about["ratio"] == 2
+
+
+def test_an_edited_context_gets_another_id(client):
+    ids = [client.post("/v1/contexts", json={"text": t, "name": "a"}).json()["id"] for t in (TEXT, TEXT + " More.")]
+    assert ids[0] != ids[1]
+    problem(client.get(f"/v1/contexts/{ids[0]}"), 404)
+
+
+def test_a_context_is_read_back_token_by_token(client, model, store):
+    store.add(model, TEXT, "a", dtype="float32")
+    entry, (slots, ids) = store.entry("a"), store.read(store.entry("a").entry)
+    reading = client.get(f"/v1/contexts/{entry.id}/reading?segments=64").json()
+    assert reading["complete"] and reading["slots"] == entry.slots and "".join(t["text"] for t in reading["tokens"]) == TEXT
+    assert sorted({t["slot"] for t in reading["tokens"]}) == list(range(entry.slots))
+    part, first = slots.split()[0], ids[: slots.segments[0].tokens]
+    (score,) = model.score([part], [Example([first], Marker.AE, [], first)])
+    assert [t["hit"] for t in reading["tokens"][: len(first)]] == score.hits.tolist()
+    plain = base_logits(model.base, first).log_softmax(-1)[:-1].gather(1, torch.tensor(first[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor([t["surprise"] for t in reading["tokens"][1 : len(first)]]), -plain, atol=1e-4, rtol=0)
+    short = client.get(f"/v1/contexts/{entry.id}/reading?segments=1").json()
+    assert not short["complete"] and len(short["tokens"]) == len(first)
+    problem(client.get(f"/v1/contexts/{'0' * 32}/reading"), 404)
+    problem(client.get(f"/v1/contexts/{entry.id}/reading?segments=0"), 422)
+
+
+@pytest.mark.parametrize(
+    "request_, status",
+    [
+        ({"json": {"text": ""}}, 400),
+        ({"json": {"text": "x"}}, 400),
+        ({"json": {}}, 422),
+        ({"json": {"text": TEXT, "ratio": 0}}, 422),
+        ({"json": {"text": TEXT, "name": "a\nb"}}, 400),
+        ({"json": [1]}, 422),
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 422),
+        ({"content": b"\xff\xfe", "headers": {"content-type": "text/plain"}}, 422),
+        ({"content": b'{"text": "\\ud800 lone"}', "headers": {"content-type": "application/json"}}, 422),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 422),
+        ({"content": b"x", "headers": {"content-type": "image/png"}}, 415),
+        ({"content": b"x"}, 415),
+        ({"files": {"other": ("a", b"b")}}, 422),
+        ({"files": {"file": ("a", b"\xff\xfe")}}, 422),
+    ],
+)
+def test_bad_contexts_are_refused(client, store, request_, status):
+    problem(client.post("/v1/contexts", **request_), status)
+    assert store.entries() == []
+
+
+# ---- chat ----
+
+
+def test_answers_are_the_library_s_own(client, model, store):
+    id = client.post("/v1/contexts", json={"text": TEXT, "name": "a"}).json()["id"]
+    expected = library(model, store, "a")
+    assert said(ask(client, context(context_id=id))) == expected
+    assert said(ask(client, context(text=TEXT))) == expected
+    chunks = events(ask(client, context(context_id=id), stream=True, stream_options={"include_usage": True}))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks[:-1]) == expected
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant" and chunks[-2]["choices"][0]["finish_reason"] in ("stop", "length")
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["icae"]["context_tokens"] == store.entry("a").tokens
+    assert said(ask(client, question=QUESTION)) == "".join(model.stream_answer(None, QUESTION, max_new_tokens=12))
+
+
+def test_usage_counts_what_was_read_and_what_was_saved(client, model, store):
+    usage = ask(client, context(text=TEXT)).json()["usage"]
+    (entry,) = store.entries()
+    prompt = len(model.base.tokenizer(templated(model, QUESTION), add_special_tokens=False)["input_ids"])
+    assert usage["prompt_tokens"] == entry.slots + 1 + prompt
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["icae"]["saved_tokens"] == entry.tokens - entry.slots
+    assert usage["icae"]["kv_bytes"] == usage["prompt_tokens"] * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, size, float32
+
+
+def templated(model, question):
+    assert model.base.tokenizer.chat_template == TEMPLATE
+    return model.base.tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+
+
+def test_several_contexts_and_turns(client, model, store):
+    texts = [LINES[0], LINES[1]]
+    for i, text in enumerate(texts):
+        store.add(model, text, f"t{i}")
+    ids = [e.id for e in store.entries()]
+    slots = MemorySlots.concatenate([store.load("t0"), store.load("t1")])
+    history = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    expected = "".join(model.stream_answer(slots, QUESTION, history=history, max_new_tokens=12))
+    body = {
+        "messages": [
+            {"role": "user", "content": [context(context_id=ids[0]), {"type": "text", "text": "One?"}]},
+            {"role": "assistant", "content": "Two."},
+            {"role": "user", "content": [{"type": "text", "text": QUESTION}, context(context_id=ids[1])]},
+        ],
+        "max_completion_tokens": 12,
+    }
+    assert said(client.post("/v1/chat/completions", json=body)) == expected
+
+
+def test_prompt_embeds_stand_for_text(client, model):
+    ids = model.base.encode(QUESTION)
+    embeds = model.base.embed(torch.tensor(ids)).detach()
+    part = {"type": "prompt_embeds", "data": base64.b64encode(to_safetensors({"x": embeds})).decode()}
+    body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 12}
+    template = templated(model, "@@").split("@@")
+    before, after = (model.base.tokenizer(t, add_special_tokens=False)["input_ids"] for t in template)
+    plain = [*before, *ids, *after]
+    made = model._collect(None, [plain], None, [12], GREEDY)[0]
+    assert said(client.post("/v1/chat/completions", json=body)) == model.base.decode(made)
+
+
+def bad_embeds():
+    torch.save(torch.zeros(2, 32), pickled := io.BytesIO())
+    yield pickled.getvalue(), "torch.save"
+    yield pickle.dumps([1]), "torch.save"
+    yield to_safetensors({"x": torch.zeros(2, 31)}), "32"
+    yield to_safetensors({"x": torch.zeros(2, 32), "y": torch.zeros(2, 32)}), "2 tensors"
+    yield to_safetensors({"x": torch.zeros(2, 32, dtype=torch.int64)}), "floating"
+    yield to_safetensors({"x": torch.full((2, 32), float("nan"))}), "infinite"
+    yield to_safetensors({"x": torch.zeros(0, 32)}), "32"
+    yield to_safetensors({"x": torch.zeros(600, 32)}), "positions"
+
+
+@pytest.mark.parametrize("data, part", bad_embeds())
+def test_bad_embeds_are_refused(client, data, part):
+    body = {"messages": [{"role": "user", "content": [{"type": "prompt_embeds", "data": base64.b64encode(data).decode()}]}]}
+    problem(client.post("/v1/chat/completions", json=body), 400, part)
+
+
+def test_completions_continue_texts_and_contexts(client, model, store):
+    store.add(model, TEXT, "a")
+    body = {"prompt": "", "context_id": store.entry("a").id, "max_tokens": 12}
+    expected = "".join(model.stream_continuation(store.load("a"), max_new_tokens=12))
+    assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
+    chunks = events(client.post("/v1/completions", json={**body, "stream": True}))
+    assert "".join(c["choices"][0]["text"] for c in chunks) == expected
+    ids = random_ids(7)[0]
+    made = model._collect(None, [ids], None, [12], GREEDY)[0]
+    assert client.post("/v1/completions", json={"prompt": ids, "max_tokens": 12}).json()["choices"][0]["text"] == model.base.decode(made)
+    problem(client.post("/v1/completions", json={"prompt": [10**6]}), 400, "ids")
+    problem(client.post("/v1/completions", json={"prompt": ""}), 400, "empty")
+
+
+def test_sampling_with_a_seed_repeats_itself(client):
+    one, two, other = (said(ask(client, temperature=1.0, top_p=0.9, seed=s, max_tokens=30)) for s in (1, 1, 2))
+    assert one == two != other
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-310}, {"temperature": 1.0, "top_p": 1e-310}])
+def test_the_smallest_temperature_and_top_p_take_the_likeliest(client, options):
+    assert said(ask(client, **options)) == said(ask(client))
+
+
+def test_a_stop_string_ends_the_answer(client, model):
+    whole = said(ask(client, max_tokens=30))
+    stop = whole[10:13]
+    reply = ask(client, max_tokens=30, stop=[stop]).json()["choices"][0]
+    assert reply["message"]["content"] == whole[: whole.index(stop)] and reply["finish_reason"] == "stop"
+    chunks = events(ask(client, max_tokens=30, stop=stop, stream=True))
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == whole[: whole.index(stop)]
+
+
+def test_speech_holds_back_what_may_become_a_stop_string(base):
+    ids, heard = base.encode("the bell rings twice"), ""
+    speech = Speech(base, ["rings t", "zz"])
+    for n in range(1, len(ids) + 1):
+        heard += speech.hear(ids[:n], n == len(ids))
+        assert "r" not in heard.replace("the bell ", "")
+        if speech.stopped:
+            break
+    assert heard == "the bell " and speech.stopped
+    speech, ids = Speech(base, []), base.encode("é")
+    assert len(ids) == 2 and [speech.hear(ids[:1]), speech.hear(ids, True)] == ["", "é"]
+
+
+@pytest.mark.parametrize(
+    "change, status, part",
+    [
+        ({"model": "gpt-9"}, 404, MODEL),
+        ({"n": 2}, 422, "n is not supported"),
+        ({"tools": [{}]}, 422, "tools"),
+        ({"temperature": -1}, 422, "temperature"),
+        ({"top_p": 0}, 422, "top_p"),
+        ({"max_tokens": 0}, 422, "max_tokens"),
+        ({"max_tokens": 10_000}, 400, "positions"),
+        ({"messages": []}, 422, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 422, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 422, ""),
+        ({"messages": [{"role": "user", "content": [context()]}]}, 422, "either"),
+        ({"messages": [{"role": "user", "content": [context(text="x", context_id="0" * 32)]}]}, 422, "either"),
+        ({"messages": [{"role": "user", "content": [context(context_id="0" * 32)]}]}, 404, "no context"),
+        ({"messages": [{"role": "user", "content": [context(context_id="../../etc")]}]}, 422, "pattern"),
+        ({"messages": [{"role": "user", "content": [context(text="x")]}]}, 400, "two tokens"),
+        ({"messages": [{"role": "user", "content": "x"}] * 300}, 400, "256"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_chats_are_refused(client, change, status, part, stream):
+    problem(ask(client, **{"stream": stream, **change}), status, part)
+
+
+def test_slots_of_another_base_are_refused(client, store, other_base):
+    store.add(make_icae(other_base), TEXT, "foreign")
+    problem(ask(client, context(context_id=store.entry("foreign").id)), 400, "base")
+
+
+def test_models_health_metrics_and_descriptions(client):
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == [MODEL]
+    assert client.get("/healthz").json() == {"status": "ok"}
+    ask(client, context(text=TEXT))
+    text = client.get("/metrics").text
+    assert "icae_queue 0.0" in text and 'icae_requests_total{method="POST",status="200"} 1.0' in text
+    assert float(re.search(r'icae_tokens_total\{kind="saved"\} (\S+)', text)[1]) > 100
+    assert "/v1/contexts/{id}" in client.get("/openapi.json").json()["paths"]
+    problem(client.get("/nowhere"), 404)
+    problem(client.put("/v1/contexts"), 405)
+
+
+# ---- load ----
+
+
+def test_many_clients_get_their_own_answers(client, model, store):
+    texts = [" ".join(LINES[i:] + LINES[:i]) for i in range(4)]
+    for i, text in enumerate(texts):
+        store.add(model, text, f"t{i}")
+    ids = {e.name: e.id for e in store.entries()}
+    asked = [(f"t{i % 4}", f"What is {i}?") for i in range(16)]
+    expected, got = [library(model, store, n, q, 20) for n, q in asked], [None] * 16
+
+    def one(i):
+        name, question = asked[i]
+        reply = ask(client, context(context_id=ids[name]), question=question, max_tokens=20, stream=bool(i % 2))
+        got[i] = "".join(c["choices"][0]["delta"].get("content", "") for c in events(reply)) if i % 2 else said(reply)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(16)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert got == expected
+
+
+def test_equal_texts_at_the_same_time_are_compressed_once(model, store):
+    counted, compress = [], model.compress_ids
+    with TestClient(create_app(model, store)) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "compress_ids", lambda contexts, **kw: (counted.extend(map(len, contexts)), compress(contexts, **kw))[1])
+        threads = [threading.Thread(target=client.post, args=("/v1/contexts",), kwargs={"json": {"text": TEXT}}) for _ in range(4)]
+        [t.start() for t in threads], [t.join() for t in threads]
+    (entry,) = store.entries()
+    assert sum(counted) == entry.tokens
+
+
+def test_asking_a_hot_context_counts_as_a_use(client, store, model, monkeypatch):
+    monkeypatch.setattr("icae.catalogue.USED_GRAIN", 0)
+    store.add(model, TEXT, "a")
+    id, used = store.entry("a").id, []
+    for _ in range(3):
+        said(ask(client, context(context_id=id), max_tokens=1))
+        used.append(store.entry("a").used)
+    assert client.app.state.server.service.prefixes.hits == 2 and used[0] < used[1] < used[2]
+
+
+def test_what_the_base_has_no_positions_for_is_refused_before_it_takes_memory(client, store, model, monkeypatch):
+    read, embed = [], type(model.base).embed
+    monkeypatch.setattr(type(model.base), "embed", lambda self, ids: (read.append(ids.numel()), embed(self, ids))[1])
+    problem(ask(client, question=TEXT * 50), 400, "512", "shorten")
+    assert sum(read) <= 512
+    store.add(model, TEXT * 5, "long")
+    problem(ask(client, context(context_id=store.entry("long").id)), 400, "512", "shorten")
+    assert client.app.state.server.service.prefixes.bytes == 0
+
+
+def test_past_the_queue_comes_429_with_retry_after(model, store):
+    gate, app = threading.Event(), create_app(model, store, limits=Limits(max_rows=1, max_queue=1))
+    service = app.state.server.service
+
+    def stuck(*_):
+        while not gate.wait(0.01):
+            yield
+        return store.entry("a"), False
+
+    store.add(model, TEXT, "a")
+    with TestClient(app) as client:
+        service.compress = stuck
+        threads = [threading.Thread(target=client.post, args=("/v1/contexts",), kwargs={"json": {"text": TEXT}}) for _ in range(2)]
+        for thread, queued in zip(threads, (0, 1), strict=True):
+            thread.start()
+            until(lambda queued=queued: app.state.server.scheduler.active == 1 and app.state.server.scheduler.queued == queued)
+        reply = client.post("/v1/contexts", json={"text": TEXT})
+        problem(reply, 429, "try again")
+        assert int(reply.headers["retry-after"]) >= 1
+        gate.set()
+        [t.join() for t in threads]
+
+
+def test_a_request_that_takes_too_long_is_504(model, store):
+    with TestClient(create_app(model, store, limits=Limits(timeout=0.001))) as client:
+        problem(ask(client, max_tokens=400), 504, "too long")
+
+
+def until(true, seconds=15):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- security ----
+
+
+@pytest.fixture
+def guarded(model, store):
+    keyring = Keyring(store.folder / "keys.json")
+    keys = {name: keyring.add(name) for name in ("ada", "ben")}
+    with TestClient(create_app(model, store, name=MODEL, keyring=keyring), raise_server_exceptions=False) as client:
+        yield client, {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}, keyring
+
+
+def test_without_a_key_nothing_but_health_and_the_page(guarded):
+    client, keys, _ = guarded
+    for bad in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": "Basic eDp5"}):
+        for method, path in [("get", "/v1/contexts"), ("get", "/v1/models"), ("get", "/metrics"), ("get", f"/v1/contexts/{'0' * 32}")]:
+            problem(getattr(client, method)(path, headers=bad), 401, "API key")
+        problem(client.post("/v1/contexts", json={"text": TEXT}, headers=bad), 401)
+        problem(client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, headers=bad), 401)
+    assert client.get("/healthz").status_code == client.get("/").status_code == 200
+    assert client.get("/v1/contexts", headers=keys["ada"]).status_code == 200
+
+
+def test_one_key_cannot_read_or_guess_anothers_contexts(guarded, store):
+    client, keys, _ = guarded
+    mine = client.post("/v1/contexts", json={"text": TEXT}, headers=keys["ada"]).json()
+    assert client.get("/v1/contexts", headers=keys["ben"]).json()["data"] == []
+    problem(client.get(f"/v1/contexts/{mine['id']}", headers=keys["ben"]), 404)
+    problem(client.delete(f"/v1/contexts/{mine['id']}", headers=keys["ben"]), 404)
+    body = {"messages": [{"role": "user", "content": [context(context_id=mine["id"])]}]}
+    problem(client.post("/v1/chat/completions", json=body, headers=keys["ben"]), 404)
+    problem(client.post("/v1/completions", json={"context_id": mine["id"]}, headers=keys["ben"]), 404)
+    theirs = client.post("/v1/contexts", json={"text": TEXT}, headers=keys["ben"]).json()
+    assert theirs["cached"] is False and theirs["id"] != mine["id"]  # it does not tell that somebody else had it
+    assert len({e.entry for e in store.entries(None)}) == 1  # though it is kept once
+    client.delete(f"/v1/contexts/{mine['id']}", headers=keys["ada"])
+    assert client.get(f"/v1/contexts/{theirs['id']}", headers=keys["ben"]).status_code == 200
+
+
+def test_keys_are_hashed_at_rest_and_revoked_at_once(guarded):
+    client, keys, keyring = guarded
+    key = keys["ada"]["Authorization"].removeprefix("Bearer ")
+    text = keyring.path.read_text()
+    assert key not in text and key[5:] not in text and keyring.path.stat().st_mode & 0o077 == 0
+    new = keyring.add("ada")
+    for k in (key, new):
+        assert client.get("/v1/contexts", headers={"Authorization": f"Bearer {k}"}).status_code == 200
+    assert keyring.remove("ada") == 2
+    problem(client.get("/v1/contexts", headers=keys["ada"]), 401)
+    with pytest.raises(ICAEError) as error:
+        keyring.remove("ada")
+    one_line(error.value, "'ada'", "ben")
+    keyring.path.write_text("[{}]")
+    with pytest.raises(ICAEError, match="damaged"):
+        keyring.check(new)
+
+
+def test_every_hash_is_compared(tmp_path, monkeypatch):
+    import hmac
+
+    keyring, compared = Keyring(tmp_path / "keys.json"), []
+    keys = [keyring.add(n) for n in "abc"]
+    real = hmac.compare_digest
+    monkeypatch.setattr("icae.server.keys.hmac.compare_digest", lambda a, b: (compared.append(a), real(a, b))[1])
+    assert keyring.check(keys[0]) == "a" and len(compared) == 3
+
+
+def test_bodies_texts_and_streams_past_their_limits_are_refused(model, store):
+    with TestClient(create_app(model, store, limits=Limits(max_body=2000, max_context=100))) as client:
+        problem(client.post("/v1/contexts", json={"text": "x" * 3000}), 413, "2000")
+        pieces = (b"x" * 500 for _ in range(10))
+        problem(client.post("/v1/contexts", content=pieces, headers={"content-type": "text/plain"}), 413, "2000")
+        problem(client.post("/v1/contexts", files={"file": ("a", b"x" * 3000)}), 413)
+        problem(client.post("/v1/contexts", json={"text": TEXT}), 400, "more than 100")
+        problem(ask(client, context(text=TEXT)), 400, "more than 100")
+        assert store.entries() == []
+
+
+def test_other_hosts_are_refused_where_only_this_machine_is_meant(model, store):
+    with TestClient(create_app(model, store, hosts=["127.0.0.1"])) as client:
+        assert client.get("/healthz", headers={"host": "evil.example"}).status_code == 400
+        assert client.get("/healthz", headers={"host": "127.0.0.1:8000"}).status_code == 200
+
+
+def test_defects_show_no_trace(client, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("secret path /home/x")
+
+    monkeypatch.setattr(client.app.state.server.service, "chat", broken)
+    reply = ask(client)
+    problem(reply, 500, "log")
+    assert "secret" not in reply.text and "secret" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_the_pages_ask_no_other_host(client, path):
+    reply = client.get(path)
+    assert reply.status_code == 200 and "default-src 'none'" in reply.headers["content-security-policy"]
+    assert not re.search(r"""(?:src|href|url\()\s*=?\s*["']?(?:https?:)?//""", reply.text)
+
+
+# ---- a real server ----
+
+
+class Live:
+    """uvicorn in a thread, on a free port."""
+
+    def __init__(self, app):
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        until(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def live(model, store):
+    with Live(create_app(model, store, name=MODEL)) as made:
+        yield made
+
+
+def test_the_openai_client_works_unchanged(live, model, store):
+    import openai
+
+    store.add(model, TEXT, "a")
+    expected = library(model, store, "a")
+    client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="none")
+    content = [context(context_id=store.entry("a").id), {"type": "text", "text": QUESTION}]
+    options = {"model": client.models.list().data[0].id, "messages": [{"role": "user", "content": content}], "max_tokens": 12}
+    reply = client.chat.completions.create(**options)
+    assert reply.choices[0].message.content == expected and reply.usage.icae["slots"] == store.entry("a").slots
+    stream = client.chat.completions.create(**options, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == expected
+    assert client.completions.create(model=MODEL, prompt="The bell", max_tokens=5).usage.completion_tokens <= 5
+    with pytest.raises(openai.NotFoundError, match=MODEL):
+        client.chat.completions.create(**{**options, "model": "other"})
+
+
+def test_fuzzed_against_its_own_description_nothing_is_5xx(model, store):
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis import GenerationMode
+
+    statuses = set()
+
+    def fuzz(operation, mode):
+        known = {*operation.definition.raw["responses"], "400", "404", "405"}
+
+        @settings(max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def each(case):
+            reply = case.call()
+            statuses.add(reply.status_code)
+            assert reply.status_code < 500, (reply.status_code, reply.text)
+            assert str(reply.status_code) in known, (case.method, case.path, reply.status_code, reply.text)
+            assert reply.status_code < 400 or "error" in reply.json() or b"Invalid HTTP" in reply.content
+
+        try:
+            each()
+        except Unsatisfiable:  # where nothing can be wrong, no wrong request can be made
+            assert mode == GenerationMode.NEGATIVE
+
+    with Live(create_app(model, store, limits=Limits(max_tokens=4))) as live:
+        for result in schemathesis.openapi.from_url(f"{live.url}/openapi.json").get_all_operations():
+            for mode in GenerationMode:
+                fuzz(result.ok(), mode)
+    assert statuses >= {200, 422, 404}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_is_forgotten(live, stream):
+    scheduler = live.server.config.app.state.server.scheduler
+
+    async def go():
+        reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
+        body = json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": 450, "stream": stream}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        while not scheduler.running:
+            await asyncio.sleep(0.005)
+        writer.close()
+
+    steps = scheduler.steps
+    real = scheduler.batch.step
+    scheduler.batch.step = lambda: (time.sleep(0.02), real())
+    asyncio.run(go())
+    until(lambda: scheduler.active == 0)
+    assert scheduler.steps - steps < 300
+
+
+def test_stopping_finishes_what_runs(model, store):
+    app, got = create_app(model, store), []
+    with Live(app) as live:
+        import httpx
+
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 150, "stream": True}
+        thread = threading.Thread(target=lambda: got.append(httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60)))
+        thread.start()
+        until(lambda: app.state.server.scheduler.running)
+    thread.join(20)
+    assert len(events(got[0])) > 10 and events(got[0])[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+
+
+# ---- command line ----
+
+
+def run(*arguments):
+    app = Typer()
+    app.command()(serve)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exception if isinstance(result.exception, ICAEError) else result.stdout
+
+
+def test_serve_s_mistakes_are_one_line(tmp_path):
+    at = ["--store", tmp_path]
+    one_line(run("--host", "0.0.0.0", *at), "--add-key", "127.0.0.1")
+    one_line(run("--limit", "nosuch=1", *at), "nosuch", "max_rows")
+    one_line(run("--limit", "max_rows=x", *at), "max_rows")
+    one_line(run("--limit", "max_rows=0", *at), "max_rows")
+    one_line(run("--model", "nosuch", *at), "nosuch")
+    one_line(run("--remove-key", "x", *at), "'x'")
+    assert "max_rows" in run("--limit", "help")
+    key = run("--add-key", "ada", *at).strip()
+    assert Keyring(tmp_path / "keys.json").check(key) == "ada"
+
+
+def test_the_command_serves_until_it_is_told_to_stop(base, tmp_path):
+    make_icae(base, stirred=0.05).save_pretrained(tmp_path / "checkpoint")
+    code = "from icae.serve_cli import serve; import typer; typer.run(serve)"
+    command = [sys.executable, "-c", code, "--port", "0", "--model", tmp_path / "checkpoint", "--store", tmp_path / "store"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        try:
+            for line in process.stderr:
+                if found := re.search(r"running on (http://\S+)", line):
+                    break
+            import httpx
+
+            assert httpx.get(f"{found[1]}/v1/models").json()["data"][0]["id"] == "checkpoint"
+        finally:
+            process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert Path(tmp_path / "store" / "catalogue.sqlite").exists()
+
+
+# ---- documentation ----
+
+DOCS = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_documents_curl_and_python_run(live, tmp_path):
+    (tmp_path / "handbook.txt").write_text(TEXT)
+    (script,) = blocks("bash")
+    script = "set -e\n" + script.replace("localhost:8000", f"127.0.0.1:{live.port}").replace("curl -s", "echo; curl -sS --fail-with-body")
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    context, upload, reply = (json.loads(line) for line in done.stdout.strip().split("\n") if line)
+    assert context["name"] == "harbour" and upload["name"] == "handbook.txt" and reply["object"] == "chat.completion"
+    (code,) = blocks("python")
+    exec(code.replace("http://127.0.0.1:8000", live.url), {})
+
+
+def test_the_documents_name_every_route(client):
+    for path in client.get("/openapi.json").json()["paths"]:
+        assert path in DOCS.replace("`DELETE /v1/contexts/{id}`", "/v1/contexts/{id}")

@@ -1,0 +1,318 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import LINES, make_icae, one_line, save_base
+
+import icae.matmul
+import icae.train
+import icae.triples
+from icae.base import load_base
+from icae.chat import chat_prompt, chat_response
+from icae.config import ICAEConfig, TrainConfig
+from icae.data import Windows
+from icae.errors import ICAEError
+from icae.model import ICAE
+from icae.objectives import Marker, autoencoding, collate, instruction
+
+CONFIG = {"lora_rank": 4, "lora_alpha": 4, "segment_length": 16}
+RUN = {
+    "steps": 8,
+    "windows": [[0, 8], [4, 16]],
+    "batch_size": 2,
+    "accumulation": 2,
+    "continuation_length": 8,
+    "warmup_steps": 2,
+    "log_steps": 1,
+    "save_steps": 3,
+    "learning_rate": 0.01,
+}
+
+SCRIPT = """
+import json, os, signal, sys
+import icae.matmul
+from icae.config import ICAEConfig, TrainConfig
+from icae.data import Windows
+from icae.train import train
+
+icae.matmul.numpy_is_faster = lambda: False
+settings, config, kill_at = json.loads(sys.argv[1])
+if kill_at is not None:
+    sample = Windows.__getitem__
+    Windows.__getitem__ = lambda self, i: os.kill(os.getpid(), signal.SIGKILL) if i == kill_at else sample(self, i)
+train(TrainConfig(**settings), ICAEConfig(**config), quiet=True)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_product():
+    """Torch's matrix product everywhere: which is faster is timed anew in each process, and the two round differently."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(icae.matmul, "numpy_is_faster", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(LINES))
+    return str(path)
+
+
+@pytest.fixture
+def settings(text, tmp_path):
+    return {**RUN, "train": text, "output": str(tmp_path / "run")}
+
+
+@pytest.fixture
+def config(base_folder, kind):
+    return {**CONFIG, "base": str(base_folder), "kind": kind}
+
+
+def train(settings, config, **changes):
+    return icae.train.train(TrainConfig(**{**settings, **changes}), ICAEConfig(**config), quiet=True)
+
+
+def in_a_process(*launcher, settings, config, kill_at=None):
+    """Train in a process of its own, and return its exit code."""
+    command = [sys.executable, *launcher, json.dumps([settings, config, kill_at])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode > 0:
+        print(done.stderr[-4000:])
+    return done.returncode
+
+
+def losses(folder):
+    """{step: training loss} of a finished run."""
+    return {row["step"]: row["loss"] for row in history(folder) if "loss" in row}
+
+
+def history(folder):
+    return json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+
+
+def tensors(folder):
+    return ICAE.from_pretrained(folder).adapter_tensors()
+
+
+def assert_same_run(a, b, tolerance):
+    assert list(losses(a)) == list(losses(b)) == list(range(1, RUN["steps"] + 1))
+    assert list(losses(a).values()) == pytest.approx(list(losses(b).values()), abs=tolerance)
+    mine, theirs = tensors(a), tensors(b)
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def finished(text, base_folder, tmp_path_factory):
+    """Uninterrupted runs of both kinds, one process, accumulation 2."""
+    folders = {kind: tmp_path_factory.mktemp("finished") / kind for kind in ("kv", "embedding")}
+    for kind, folder in folders.items():
+        train({**RUN, "train": text, "output": str(folder)}, {**CONFIG, "base": str(base_folder), "kind": kind})
+    return folders
+
+
+# ---- what a run is ----
+
+
+def test_a_paragraph_is_learned_by_heart_from_its_slots(tmp_path, kind):
+    """A frozen random base can be steered this far if it is wide enough; the base alone knows nothing of the paragraph, so that what
+    is read back can only come from the slots."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    base = load_base(str(save_base(tmp_path / "wide", **wide)))
+    ids = base.encode(LINES[1])[:24]
+    paragraph = base.decode(ids)
+    (tmp_path / "paragraph.txt").write_text(paragraph)
+    assert base.encode(paragraph) == ids
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = {"base": base.name, "kind": kind, "segment_length": 24, "lora_rank": 16, "lora_alpha": 16, "lora_targets": targets}
+    settings = {"train": str(tmp_path / "paragraph.txt"), "output": str(tmp_path / "run"), "windows": [[0, 24]], "batch_size": 1}
+    train({**settings, "steps": 200, "learning_rate": 0.01, "warmup_steps": 10, "autoencoding_share": 1.0, "save_steps": 1000}, config)
+    model = ICAE.from_pretrained(tmp_path / "run", base=base)
+    slots = model.compress(paragraph)
+    (read,), (alone,) = (model.score(s, [autoencoding(ids, 24, base.tokenizer.eos_token_id)]) for s in ([slots], None))
+    assert (slots.count, slots.tokens) == (6, 24)
+    assert float(read.nll.mean()) < 0.1 and float(alone.nll.mean()) > 3
+    assert model.reconstruct(slots) == paragraph
+
+
+def test_training_moves_the_adapter_and_not_a_bit_of_the_base(finished, kind, base_folder, base):
+    model = ICAE.from_pretrained(finished[kind])
+    assert model.base.fingerprint == base.fingerprint
+    assert all(torch.equal(t, base.model.state_dict()[name]) for name, t in model.base.model.state_dict().items())
+    torch.manual_seed(0)
+    start = make_icae(base, kind=kind, **CONFIG).adapter_tensors()
+    moved = {name for name, t in model.adapter_tensors().items() if not torch.equal(t, start[name])}
+    assert {"encoder.memory", "markers"} <= moved and any("lora_B" in name for name in moved)
+
+
+def test_the_logged_loss_is_the_mean_over_the_steps_samples(finished, base, kind, text):
+    """Step 1 sees the untouched model, so its loss can be made by hand."""
+    logged = losses(finished[kind])[1]
+    config = ICAEConfig(**CONFIG, base=base.name, kind=kind)
+    torch.manual_seed(0)
+    model = icae.train.build(TrainConfig(train=text), config, "cpu")
+    data = Windows(icae.data.load_corpus(text, base), base, config, TrainConfig(**{**RUN, "train": text}))
+    by_hand = sum(float(model(**collate([data[i]]))["loss"]) for i in range(4)) / 4
+    assert logged == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_the_same_run_twice_is_the_same(finished, settings, config, kind):
+    assert_same_run(finished[kind], train(settings, config), 0)
+
+
+def test_checkpoints_are_kept_as_told_and_each_can_be_loaded(finished, settings, config):
+    folder = train(settings, config, keep=1)
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert (folder / "train_config.json").exists()
+    last = tensors(folder / "checkpoint-8")
+    assert all(torch.equal(t, last[name]) for name, t in tensors(folder).items())
+
+
+# ---- interruptions ----
+
+
+def test_a_run_killed_in_the_middle_goes_on_as_if_it_had_not_been(finished, settings, config, kind):
+    killed = in_a_process("-c", SCRIPT, settings=settings, config=config, kill_at=21)  # in step 6 of 8, after the checkpoint at 3
+    assert killed == -signal.SIGKILL
+    folder = Path(settings["output"])
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-3"] and not (folder / "config.json").exists()
+    assert_same_run(train(settings, config), finished[kind], 1e-6)
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(finished, settings, config, kind):
+    interrupted = train(settings, config, keep=5)
+    for file in ("trainer_state.json", "optimizer.pt"):
+        (interrupted / "checkpoint-8" / file).unlink()
+    assert_same_run(train(settings, config), finished[kind], 1e-6)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_run_can_go_on(finished, settings, config, kind, monkeypatch, capsys):
+    sample, handler = Windows.__getitem__, signal.getsignal(signal.SIGINT)
+
+    def interrupting(self, index):
+        if index == 18:  # step 5
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(self, index)
+
+    with monkeypatch.context() as m:
+        m.setattr(Windows, "__getitem__", interrupting)
+        folder = train(settings, config)
+    assert "stopping after this step, with a checkpoint" in capsys.readouterr().err
+    assert max(losses(folder)) < RUN["steps"]
+    assert (folder / f"checkpoint-{max(losses(folder))}" / "adapter_model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert_same_run(train(settings, config), finished[kind], 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["kv"])  # its last layer has parameters that no loss reads, the harder case
+def test_two_processes_train_as_one_at_the_same_global_batch(finished, settings, config, kind, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script))
+    assert in_a_process(*launcher, settings={**settings, "accumulation": 1}, config=config) == 0
+    assert_same_run(Path(settings["output"]), finished[kind], 1e-4)
+
+
+# ---- settings ----
+
+
+def test_each_part_has_its_own_learning_rate(base):
+    model = make_icae(base)
+    optimizer = icae.train._optimizer(model.adapter_tensors(), TrainConfig(learning_rate=0.1, lora_b_multiplier=4.0, memory_multiplier=0.5))
+    names = {id(p): name for name, p in model.adapter_tensors().items()}
+    rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == model.adapter_tensors().keys()
+    for name, rate in rates.items():
+        assert rate == pytest.approx(0.4 if "lora_B" in name else 0.1 if "lora_A" in name else 0.05), name
+
+
+def test_the_held_out_loss_is_the_mean_over_its_samples(settings, config, text, base):
+    folder = train(settings, config, held_out=text, eval_steps=4, eval_samples=6, steps=4)
+    (logged,) = [row["eval_loss"] for row in history(folder) if "eval_loss" in row]
+    model = ICAE.from_pretrained(folder)
+    train_config = TrainConfig(**{**settings, "steps": 4})
+    held = icae.data.HeldOut(Windows(icae.data.load_corpus(text, base), base, model.config, train_config), 6)
+    with torch.no_grad():
+        by_hand = [float(model(**collate([held[i]]))["loss"]) for i in range(6)]
+    assert logged == pytest.approx(sum(by_hand) / 6, abs=1e-4)
+
+
+def test_fine_tuning_starts_from_a_checkpoint_and_learns_its_triples(finished, settings, config, kind, tmp_path):
+    rows = [{"input": LINES[i % 4], "prompt": f"Line {i}?", "answer": f"It is {i}."} for i in range(6)]
+    (tmp_path / "triples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = {"objective": "instruct", "train": str(tmp_path / "triples.jsonl"), "init": str(finished[kind])}
+    folder = train(settings, config, **first, steps=6, held_out=str(tmp_path / "triples.jsonl"), eval_steps=6, eval_samples=4)
+    assert losses(folder)[6] < losses(folder)[1]
+    before, after = tensors(finished[kind]), tensors(folder)
+    marker = (after["markers"] - before["markers"]).abs().amax(1)
+    assert marker[Marker.FT] > 0 and marker[Marker.AE] == marker[Marker.LM] == 0
+    assert [row["step"] for row in history(folder) if "eval_loss" in row] == [6]
+
+
+def test_a_run_is_refused_before_anything_is_written(settings, config, other_base, finished, tmp_path):
+    def refused(*parts, config=config, **changes):
+        with pytest.raises(ICAEError) as error:
+            train(settings, config, **changes)
+        one_line(error.value, *parts)
+        assert not Path(settings["output"]).exists()
+
+    refused("train is empty", train="")
+    refused("nowhere.txt", train=str(tmp_path / "nowhere.txt"))
+    refused("no document has 508 tokens", windows=[[0, 8], [7, 500]])
+    refused("no checkpoint", init=str(tmp_path / "nowhere"))
+    refused("windows must be", windows=[[5, 8]])
+    refused("autoencoding_share", autoencoding_share=1.5)
+    refused("lora_targets", config={**config, "lora_targets": ["c_attn"]})
+    make_icae(other_base).save_pretrained(tmp_path / "other")
+    text = (tmp_path / "other" / "config.json").read_text().replace(other_base.name, config["base"])
+    (tmp_path / "other" / "config.json").write_text(text)
+    refused("another base", init=str(tmp_path / "other"))
+
+
+# ---- fine-tuning ----
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [{"input": line, "prompt": f"Question {i}?", "answer": f"Answer {i}."} for i, line in enumerate(LINES * 3)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "questions.jsonl")
+
+
+def test_a_response_is_learned_from_slots_among_others_with_a_teacher_and_replays(tmp_path, base_folder, kind, questions, text):
+    """All options at once: the loss falls, the held-out one is of triples alone, and a killed run's steps are the same again."""
+    config = {**CONFIG, "base": str(base_folder), "kind": kind}
+    options = {"distil": 0.3, "distractors": 2, "pretrain_share": 0.25, "replay": text, "windows": [[0, 8]], "ratios": [2, 4]}
+    settings = {**RUN, **options, "objective": "instruct", "train": {questions: 1.0}, "held_out": questions}
+    train({**settings, "eval_steps": 40, "steps": 40, "output": str(tmp_path / "a")}, config)
+    found = losses(tmp_path / "a")
+    assert sum(list(found.values())[-8:]) < 0.95 * sum(list(found.values())[:8])
+    (held_out,) = [row["eval_loss"] for row in history(tmp_path / "a") if "eval_loss" in row]
+    model = ICAE.from_pretrained(tmp_path / "a")
+    rows = [instruction_of(model, row) for row in icae.triples.load_triples(questions)]
+    by_hand = [float(model(**collate([e]))["loss"]) for e in rows]
+    assert held_out == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-3)
+
+
+def instruction_of(model, row):
+    prompt, response = chat_prompt(model.base.tokenizer, row.prompt), chat_response(model.base.tokenizer, row.response)
+    return instruction(model.base.encode(row.context), prompt, response, model.config.segment_length)
+
+
+def test_fine_tuning_settings_that_cannot_be_are_refused(settings, config, questions):
+    for changes, words in (
+        ({"objective": "instruct", "pretrain_share": 0.5}, "replay"),
+        ({"distil": 1.5}, "distil"),
+        ({"train": [questions]}, "one source"),
+        ({"objective": "instruct", "train": questions, "context_length": 3}, "more than 3 tokens"),
+    ):
+        with pytest.raises(ICAEError) as error:
+            train(settings, config, **changes)
+        one_line(error.value, words)
