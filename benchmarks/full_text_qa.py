@@ -26,7 +26,6 @@ import yaml
 from torch import Tensor, nn
 
 from icae.base import Base, load_base
-from icae.checkpoint import find_checkpoint, read_config
 from icae.config import ICAEConfig, TrainConfig, read_yaml
 from icae.errors import ICAEError
 from icae.matmul import fast_linear
@@ -34,7 +33,7 @@ from icae.model import ICAE
 from icae.qa import drawn, qa
 from icae.report import commit, machine
 from icae.slots import write_atomically
-from icae.train import make_arguments, make_data, run
+from icae.train import make_arguments, make_data, run, starting_config
 from icae.triples import load_triples
 
 ABOUT = "full_text.json"
@@ -100,13 +99,12 @@ class FullText(nn.Module):
 def train(config: str, overrides: list[str]) -> Path:
     """Train with the settings of a fine-tuning config."""
     values = read_yaml(config)
-    shape = ICAEConfig.from_dict(values.pop("model", None) or {})
+    model = values.pop("model", None) or {}
     for override in overrides:
         name, _, value = override.partition("=")
         values[name] = yaml.safe_load(value)
     settings = TrainConfig.from_dict({**values, "objective": "instruct", "distil": 1.0})  # its samples carry the full text's prompt
-    if settings.init is not None:
-        shape = read_config(find_checkpoint(settings.init)).replace(segment_length=shape.segment_length)
+    shape = starting_config(settings.init, model)
     torch.manual_seed(settings.seed)
     arguments = make_arguments(settings, quiet=False)
     base = load_base(shape.base, device=str(arguments.device))

@@ -55,7 +55,9 @@ def test_an_adapter_without_encoder_pass_is_the_start_of_one_with(base, tmp_path
     settings = {"kind": "embedding", "memory": "mixed", "slot_norm": 20.0}
     make_icae(base, stirred=0.1, readout="memory", **settings).save_pretrained(tmp_path / "first")
     second = make_icae(base, readout="residual", **settings)
-    load_weights(second, tmp_path / "first")
+    with pytest.raises(ICAEError, match="connector"):
+        load_weights(second, tmp_path / "first")
+    load_weights(second, tmp_path / "first", fresh=("connector",))
     assert_same_slots(second.compress(TEXT), ICAE.from_pretrained(tmp_path / "first", base=base).compress(TEXT), 1e-4)
     second.save_pretrained(tmp_path / "second")
     assert {"memory", "mix", "connector", "markers"} == load_file(tmp_path / "second" / "memory.safetensors").keys()

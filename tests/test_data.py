@@ -1,6 +1,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from tiny import LINES, one_line
 
 import icae.data
 from icae.config import ICAEConfig, TrainConfig
-from icae.data import Corpus, HeldOut, Windows, documents, load_corpus, read_text
+from icae.data import Corpus, HeldOut, Windows, documents, load_corpus, load_texts, read_text
 from icae.errors import ICAEError
 from icae.objectives import Marker
 
@@ -109,6 +110,31 @@ def test_a_corpus_is_tokenised_once_and_again_when_its_text_has_changed(base, ho
     time.sleep(0.01)
     file.write_text(LINES[0][::-1])  # as long as before
     assert load_corpus(str(file), base).ids.tolist() == base.encode(LINES[0][::-1])
+
+
+def test_several_sources_give_windows_by_size_or_by_share(base, home, tmp_path):
+    texts = {str(tmp_path / "a.txt"): LINES[0] * 9, str(tmp_path / "b.txt"): LINES[1] * 3}
+    for path, text in texts.items():
+        Path(path).write_text(text)
+    chance = np.random.default_rng(0)
+
+    def share_of_first(source):
+        mixture = load_texts(source, base)
+        first = str(mixture.corpora[0].ids.tolist())[1:-1]
+        return sum(str(mixture.window(chance, 12))[1:-1] in first for _ in range(400)) / 400
+
+    assert share_of_first(list(texts)) == pytest.approx(0.75, abs=0.1)
+    assert share_of_first(dict.fromkeys(texts, 2.0)) == pytest.approx(0.5, abs=0.1)
+    refused(lambda: load_texts(list(texts), base).window(chance, 1000), "no document has 1000 tokens")
+
+
+def test_scrambled_windows_hold_the_same_tokens_in_another_order(base):
+    data = windows(base, autoencoding_share=1.0, scrambled_share=0.5)
+    orders = [[t for s in data[i].segments for t in s] for i in range(60)]
+    in_order = [ids == sorted(ids) for ids in orders]
+    assert 20 < sum(in_order) < 40
+    assert all(sorted(ids) == list(range(min(ids), min(ids) + 12)) for ids in orders)
+    assert all(data[i].target[:-1] == ids for i, ids in enumerate(orders))
 
 
 def test_a_source_without_text_is_refused(base, home, tmp_path):

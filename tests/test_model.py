@@ -37,7 +37,7 @@ def test_the_trainable_set_is_exactly_lora_memory_token_and_markers(base, kind):
     layer = "encoder.peft.base_model.model.model.layers.{}.self_attn.{}.lora_{}.default.weight"
     lora = {layer.format(i, target, side) for i in range(2) for target in ("q_proj", "v_proj") for side in "AB"}
     assert set(model.adapter_tensors()) == lora | {"encoder.memory", "markers"}
-    assert model.markers.shape == (3, 32)
+    assert model.markers.shape == (3, 2, 32)
     assert not any(p.requires_grad for p in base.model.parameters())
 
 
@@ -70,14 +70,27 @@ def test_training_leaves_every_bit_of_the_base(base, kind):
     assert moved == {name for name in adapter if not any(u in name for u in unread)}
 
 
-def test_the_markers_start_as_bos_even_where_its_id_is_zero(base):
+def test_the_markers_start_as_bos_even_where_its_id_is_zero_and_the_vocabularys_mean(base):
     assert base.tokenizer.bos_token_id == 0
-    assert torch.equal(make_icae(base).markers, base.embed(torch.tensor([0, 0, 0])))
+    sink, asks = make_icae(base).markers.unbind(1)
+    assert torch.equal(sink, base.embed(torch.tensor([0, 0, 0])))
+    torch.testing.assert_close(asks, base.model.get_input_embeddings().weight.mean(0).expand(3, -1))
 
 
 def test_the_markers_start_as_eos_where_there_is_no_bos(base):
     without = dataclasses.replace(base, tokenizer=SimpleNamespace(bos_token_id=None, eos_token_id=1))
-    assert torch.equal(make_icae(without).markers, base.embed(torch.tensor([1, 1, 1])))
+    assert torch.equal(make_icae(without, marker_length=1).markers[:, 0], base.embed(torch.tensor([1, 1, 1])))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_marker_stands_where_the_layout_puts_it(base, layout, length):
+    model = make_icae(base, layout=layout, marker_length=length)
+    slots = model.encoder(torch.tensor(random_ids(20)), [20], 4)
+    after = [5, 6, 7, 8, 9] if layout == "appended" else [20, 21, 22, 23, 24]
+    for marker in (Marker.LM, Marker.FT):
+        assert model._places(slots, [marker], 5).tolist() == [after]
+    before = after if layout == "appended" else {1: [0, 1, 2, 3, 4], 2: [0, 0, 1, 2, 3]}[length]  # the text itself begins at 1
+    assert model._places(slots, [Marker.AE], 5).tolist() == [before]
 
 
 # ---- the loss ----
@@ -111,13 +124,6 @@ def test_scoring_without_slots_or_marker_is_the_bases_own_loss(base):
         logp = base.model(input_ids=ids).logits[0, 6:11].log_softmax(-1)
     torch.testing.assert_close(score.nll, -logp[torch.arange(5), target], atol=1e-5, rtol=0)
     assert score.hits.tolist() == (logp.argmax(-1) == torch.tensor(target)).tolist()
-
-
-@pytest.mark.parametrize(("marker", "place"), [(Marker.AE, {"spread": 0, "appended": 5}), (Marker.LM, {"spread": 20, "appended": 5})])
-def test_a_marker_stands_where_the_layout_puts_it(base, layout, marker, place):
-    model = make_icae(base, layout=layout)
-    slots = model.encoder(torch.tensor(random_ids(20)), [20], 4)
-    assert int(model._start(slots, 0, marker)) == place[layout]
 
 
 # ---- writing slots ----

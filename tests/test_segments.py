@@ -1,7 +1,7 @@
 import pytest
 
 from icae.errors import ICAEError
-from icae.segments import appended, cut, positions, slot_count, spread
+from icae.segments import alike, appended, cut, positions, slot_count, spread
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,12 @@ def test_spread_slots_stand_inside_their_own_blocks():
         for ratio in range(1, 20):
             for i, place in enumerate(spread(length, ratio).slots):
                 assert 1 + i * ratio <= place <= min((i + 1) * ratio, length)
+
+
+def test_rows_of_like_lengths_stand_together_longest_first():
+    assert alike([64, 120, 64, 100, 10]) == [[1, 3], [0, 2], [4]]
+    assert alike([3, 3, 3]) == [[0, 1, 2]] and alike([]) == []
+    for lengths in ([1, 2, 3, 4, 5, 6, 7, 8, 9], [90, 128, 31, 64, 63, 33]):
+        groups = alike(lengths)
+        assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+        assert all(min(lengths[i] for i in g) >= 0.75 * max(lengths[i] for i in g) for g in groups)

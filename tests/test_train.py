@@ -251,7 +251,7 @@ def test_fine_tuning_starts_from_a_checkpoint_and_learns_its_triples(finished, s
     folder = train(settings, config, **first, steps=6, held_out=str(tmp_path / "triples.jsonl"), eval_steps=6, eval_samples=4)
     assert losses(folder)[6] < losses(folder)[1]
     before, after = tensors(finished[kind]), tensors(folder)
-    marker = (after["markers"] - before["markers"]).abs().amax(1)
+    marker = (after["markers"] - before["markers"]).abs().amax((1, 2))
     assert marker[Marker.FT] > 0 and marker[Marker.AE] == marker[Marker.LM] == 0
     assert [row["step"] for row in history(folder) if "eval_loss" in row] == [6]
 
@@ -310,7 +310,8 @@ def test_fine_tuning_settings_that_cannot_be_are_refused(settings, config, quest
     for changes, words in (
         ({"objective": "instruct", "pretrain_share": 0.5}, "replay"),
         ({"distil": 1.5}, "distil"),
-        ({"train": [questions]}, "one source"),
+        ({"train": {questions: 0}}, "shares in train"),
+        ({"replay": {questions: "much"}}, "shares in replay"),
         ({"objective": "instruct", "train": questions, "context_length": 3}, "more than 3 tokens"),
     ):
         with pytest.raises(ICAEError) as error:

@@ -4,7 +4,7 @@
     config.json                  ICAEConfig and the library's version
     adapter_config.json          PEFT's own
     adapter_model.safetensors    PEFT's own: the encoder's LoRA
-    memory.safetensors           memory token (rows, hidden) and markers (3, hidden): AE, LM, FT
+    memory.safetensors           memory token (rows, hidden), markers (3, marker_length, hidden): AE, LM, FT, and learned maps
     README.md                    model card
 
 All files are written under temporary names first and then renamed into place, so that a full disk leaves the older checkpoint whole.
@@ -94,8 +94,8 @@ def load_checkpoint(cls: type[ICAE], name: str | Path | None, *, base: Base | st
     return model
 
 
-def load_weights(model: ICAE, folder: Path) -> None:
-    """Put the tensors of a checkpoint folder into a model of the same config.
+def load_weights(model: ICAE, folder: Path, *, fresh: tuple[str, ...] = ()) -> None:
+    """Put the tensors of a checkpoint folder into a model of the same config; `fresh` ones may be missing and stay as they start.
 
     Raises
     ------
@@ -110,8 +110,8 @@ def load_weights(model: ICAE, folder: Path) -> None:
         if left.unexpected_keys or any("lora_" in name for name in left.missing_keys):
             raise ValueError("its LoRA tensors are not those of config.json")
         for name, mine in _own_tensors(model).items():
-            if name == "connector" and name not in memory:
-                continue  # it starts at zero, over an adapter that was trained without it
+            if name in fresh and name not in memory:
+                continue
             if memory[name].shape != mine.shape:
                 raise ValueError(f"its {name} is {tuple(memory[name].shape)}, not {tuple(mine.shape)}")
             with torch.no_grad():

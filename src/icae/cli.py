@@ -495,7 +495,7 @@ def _checkpoint_name(model: str | None) -> str:
 def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool) -> None:
     import yaml
 
-    from icae.config import ICAEConfig, TrainConfig, read_yaml
+    from icae.config import TrainConfig, read_yaml
 
     if "=" in config and not os.path.exists(config):
         values, overrides = {}, [config, *(overrides or [])]
@@ -517,10 +517,10 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
         from icae.checkpoint import DEFAULT
 
         values["init"] = DEFAULT
-    settings, shape = TrainConfig.from_dict({**values, "objective": objective}), ICAEConfig.from_dict(model)
-    from icae.train import train
+    settings = TrainConfig.from_dict({**values, "objective": objective})
+    from icae.train import starting_config, train
 
-    folder = train(settings, shape, resume=not fresh)
+    folder = train(settings, starting_config(settings.init, model), resume=not fresh)
     _say(f"adapter in {folder}")
 
 

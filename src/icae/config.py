@@ -22,6 +22,7 @@ LAYOUTS = ("spread", "appended")
 MEMORY_TOKENS = ("pooled", "mixed", "shared", "learned")
 READOUTS = ("last", "memory", "residual")
 OBJECTIVES = ("pretrain", "instruct")
+OPTIMIZERS = ("muon", "adamw")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -92,7 +93,8 @@ class ICAEConfig(_Config):
     layout: str = setting("spread", "Position ids of memory tokens: 'spread' over the context or 'appended' after it.")
     memory: str = setting(
         "pooled",
-        "Memory token: 'pooled' (one vector + mean of its block), 'mixed' (pooled, with a learned linear map for each place in the block), "
+        "Memory token: 'pooled' (one vector + mean of its block), 'mixed' (pooled, with a learned linear map for each place in the block; "
+        "`ratio` of them, which neighbours share at higher ratios), "
         "'shared' (one vector), 'learned' (one a slot).",
     )
     readout: str = setting(
@@ -102,6 +104,9 @@ class ICAEConfig(_Config):
     )
     slot_norm: float | None = setting(
         None, "Size of an embedding slot, in root mean squares of the base's token embeddings; none: as it is read out."
+    )
+    marker_length: int = setting(
+        2, "Vectors of a marker ([AE], [LM], [FT]): the first becomes the base's attention sink, the last asks for the first token."
     )
     lora_rank: int = setting(64, "Rank of the encoder's LoRA.")
     lora_alpha: int = setting(64, "LoRA's numerator: updates are scaled by lora_alpha / lora_rank.")
@@ -119,6 +124,7 @@ class ICAEConfig(_Config):
             _at_least("slot_norm", self.slot_norm, 1e-3, "100 learns fast")
         _at_least("ratio", self.ratio, 1, "4 keeps about everything, 16 the gist")
         _at_least("segment_length", self.segment_length, self.ratio, "a segment holds one slot's block at least")
+        _at_least("marker_length", self.marker_length, 1, "2 lets the first token be read back too")
         _at_least("lora_rank", self.lora_rank, 1, "64 is the default")
         if self.version != FORMAT_VERSION:
             raise ICAEError(f"checkpoint format {self.version} is not the one this version reads ({FORMAT_VERSION})")
@@ -132,7 +138,7 @@ class TrainConfig(_Config):
     train: str | list[str] | dict[str, float] = setting(
         "",
         "Training data: a folder of .txt, a .txt or .jsonl file, or a Hub data set name; for fine-tuning a .jsonl of triples, a .json of "
-        "SQuAD's form, or a Hub name, and also several: a list, or a mapping with each one's share.",
+        "SQuAD's form, or a Hub name. Also several: a list, or a mapping with each one's share.",
     )
     held_out: str | None = setting(None, "Data for the held-out loss, in the same forms; none: no held-out loss.")
     objective: str = setting("pretrain", "'pretrain' (autoencoding and continuation) or 'instruct' (context, prompt, response).")
@@ -147,6 +153,9 @@ class TrainConfig(_Config):
     batch_size: int = setting(4, "Samples a process and accumulation step.")
     accumulation: int = setting(1, "Backward passes an update.")
     autoencoding_share: float = setting(0.5, "lambda: the share of samples a batch that autoencode; the others continue the text.")
+    scrambled_share: float = setting(
+        0.0, "The share of autoencoding samples whose tokens are put in random order, so that they must be stored, not guessed."
+    )
     autoencoding_eos: bool = setting(True, "End the autoencoding target with the tokenizer's EOS.")
     continuation_length: int = setting(64, "Tokens of a continuation target, at most; never more than the window.")
     continuation_unscored: int = setting(0, "First tokens of a continuation that no loss reads.")
@@ -161,7 +170,10 @@ class TrainConfig(_Config):
     distractors: int = setting(0, "When fine-tuning: most other documents put around a context, each as slots of its own.")
     distractor_share: float = setting(0.5, "When fine-tuning: the share of samples that get distractors, where there are any.")
     pretrain_share: float = setting(0.0, "When fine-tuning: the share of samples taken from `replay` against forgetting.")
-    replay: str | None = setting(None, "When fine-tuning: text for the pretraining samples.")
+    replay: str | list[str] | dict[str, float] | None = setting(
+        None, "When fine-tuning: text for the pretraining samples, in the forms of pretraining's `train`."
+    )
+    optimizer: str = setting("muon", "'muon' (LoRA's matrices by Muon, the rest by AdamW) or 'adamw'.")
     learning_rate: float = setting(1e-3, "Peak learning rate of LoRA's first matrices.")
     lora_b_multiplier: float = setting(1.0, "Learning rate of LoRA's second matrices, relative (LoRA+, arXiv 2402.12354).")
     memory_multiplier: float = setting(1.0, "Learning rate of the memory token and the AE, LM, FT vectors, relative.")
@@ -183,23 +195,24 @@ class TrainConfig(_Config):
     def __post_init__(self) -> None:
         """Check every field, so that a bad setting is named before hours are spent."""
         _choice("objective", self.objective, OBJECTIVES)
+        _choice("optimizer", self.optimizer, OPTIMIZERS)
         _at_least("steps", self.steps, 1, "an adapter needs some hundreds")
         _at_least("batch_size", self.batch_size, 1, "4 is the default")
         _at_least("accumulation", self.accumulation, 1, "1 is the default")
         _at_least("continuation_length", self.continuation_length, self.continuation_unscored + 1, "some of it must be scored")
         _at_least("autoencoding_share", self.autoencoding_share, 0, "it is a share, 0 to 1")
         _at_least("1 - autoencoding_share", 1 - self.autoencoding_share, 0, "it is a share, 0 to 1")
-        for name in ("pretrain_share", "distil", "distractor_share"):
+        for name in ("pretrain_share", "scrambled_share", "distil", "distractor_share"):
             _at_least(name, getattr(self, name), 0, "it is a share, 0 to 1")
             _at_least(f"1 - {name}", 1 - getattr(self, name), 0, "it is a share, 0 to 1")
         _at_least("distractors", self.distractors, 0, "3 make contexts of up to four documents")
         if self.pretrain_share and not self.replay:
             raise ICAEError("pretrain_share needs text to replay: replay=FOLDER of .txt")
-        shares = self.train.values() if isinstance(self.train, dict) else []
-        if any(not isinstance(share, (int, float)) or share <= 0 for share in shares):
-            raise ICAEError(f"the shares in train must be numbers above 0, got {self.train}; try {{a.jsonl: 3, b.jsonl: 1}}")
-        if self.objective == "pretrain" and not isinstance(self.train, str):
-            raise ICAEError("pretraining reads one source: train=FOLDER, a .txt or .jsonl file, or a Hub name")
+        for name in ("train", "replay"):
+            source = getattr(self, name)
+            shares = source.values() if isinstance(source, dict) else []
+            if any(not isinstance(share, (int, float)) or share <= 0 for share in shares):
+                raise ICAEError(f"the shares in {name} must be numbers above 0, got {source}; try {{a.jsonl: 3, b.jsonl: 1}}")
         if not self.windows or self.windows[0][0] != 0 or any(len(w) not in (2, 3) or w[1] < 2 or w[-1] < 1 for w in self.windows):
             raise ICAEError(f"windows must be [first step, tokens(, segments)] from step 0 on, got {self.windows}; try [[0, 32]]")
         if not self.rate_factors or self.rate_factors[0][0] != 0 or any(len(f) != 2 for f in self.rate_factors):

@@ -108,14 +108,43 @@ class Corpus:
         ICAEError
             If no document is that long.
         """
-        room = np.maximum(np.diff(self.starts) - length + 1, 0)
-        total = int(room.sum())
-        if total == 0:
-            raise ICAEError(f"no document has {length} tokens; use shorter windows or longer texts")
-        at = int(chance.integers(total))
+        room = self.check(length)
+        at = int(chance.integers(int(room.sum())))
         document = int(np.searchsorted(np.cumsum(room), at, side="right"))
         begin = int(self.starts[document]) + at - int(room[:document].sum())
         return self.ids[begin : begin + length].tolist()
+
+    def check(self, length: int) -> np.ndarray:
+        """Return how many windows of `length` tokens each document has, (documents,) int64; errors as for `window`."""
+        room = np.maximum(np.diff(self.starts) - length + 1, 0)
+        if not room.any():
+            raise ICAEError(f"no document has {length} tokens; use shorter windows or longer texts")
+        return room
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several corpora, each with its share of the windows."""
+
+    corpora: tuple[Corpus, ...]
+    shares: tuple[float, ...]
+    """As many numbers above 0; only their proportions count."""
+
+    def window(self, chance: np.random.Generator, length: int) -> list[int]:
+        """Draw a corpus, and `length` tokens in a row from it; errors as for `Corpus.window`, of any of them."""
+        for corpus in self.corpora:
+            corpus.check(length)
+        shares = np.array(self.shares)
+        return self.corpora[int(chance.choice(len(shares), p=shares / shares.sum()))].window(chance, length)
+
+
+def load_texts(source: str | list[str] | dict[str, float], base: Base, max_tokens: int | None = None) -> Corpus | Mixture:
+    """Return one source's corpus, or several sources' mixture: a list by their sizes, a mapping by its shares."""
+    if isinstance(source, str):
+        return load_corpus(source, base, max_tokens)
+    corpora = tuple(load_corpus(name, base, max_tokens) for name in source)
+    sizes = [float(len(c.ids)) for c in corpora]
+    return Mixture(corpora, tuple(map(float, source.values())) if isinstance(source, dict) else tuple(sizes))
 
 
 def load_corpus(source: str, base: Base, max_tokens: int | None = None) -> Corpus:
@@ -159,7 +188,7 @@ class Windows(Dataset):
         If no document is long enough for the curriculum's longest window.
     """
 
-    def __init__(self, corpus: Corpus, base: Base, config: ICAEConfig, train: TrainConfig, *, processes: int = 1):
+    def __init__(self, corpus: Corpus | Mixture, base: Base, config: ICAEConfig, train: TrainConfig, *, processes: int = 1):
         self.corpus, self.base, self.config, self.train = corpus, base, config, train
         self.samples_a_step = train.batch_size * train.accumulation * processes
         longest = max(self._extent(*train.window(int(step))) for step, *_ in train.windows)
@@ -185,7 +214,10 @@ class Windows(Dataset):
         chance = np.random.default_rng([t.seed, index])
         if takes(turn, t.autoencoding_share):
             eos = self.base.tokenizer.eos_token_id if t.autoencoding_eos else None
-            example = autoencoding(self.corpus.window(chance, length), self.config.segment_length, eos)
+            ids = self.corpus.window(chance, length)
+            if chance.random() < t.scrambled_share:
+                ids = chance.permutation(ids).tolist()
+            example = autoencoding(ids, self.config.segment_length, eos)
         else:
             segments = int(chance.integers(1, most + 1))
             target = min(t.continuation_length, length)

@@ -138,9 +138,9 @@ class Encoder(nn.Module):
         real = nn.functional.pad(real_BL, (0, missing)).view(batch, count, ratio, 1)
         blocks = nn.functional.pad(context_BLD, (0, 0, 0, missing)).view(batch, count, ratio, hidden)
         if self.config.memory == "mixed":
-            if ratio > self.config.ratio:
-                raise ICAEError(f"this adapter mixes blocks of at most {self.config.ratio} tokens; use that ratio or a lower one")
-            return torch.einsum("bkjd,jde->bke", blocks * real, self.mix[:ratio].to(blocks.dtype)) * self._size + memory
+            maps = self.mix[torch.arange(ratio, device=blocks.device) * len(self.mix) // ratio].to(blocks.dtype)
+            size = self._size * (len(self.mix) / ratio) ** 0.5
+            return torch.einsum("bkjd,jde->bke", blocks * real, maps) * size + memory
         tokens = real.sum(2).clamp(min=1).to(context_BLD.dtype)
         return (blocks * real).sum(2) / tokens.sqrt() + memory
 

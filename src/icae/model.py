@@ -23,7 +23,7 @@ from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker, collate, padded
-from icae.segments import cut
+from icae.segments import alike, cut
 from icae.slots import MemorySlots, Origin, SlotBatch
 
 Slots = MemorySlots | Sequence[MemorySlots]
@@ -65,8 +65,9 @@ class ICAE(nn.Module):
         self.encoder = Encoder(base, self.config)
         self.decoder = Decoder(base)
         bos = base.tokenizer.bos_token_id
-        start = base.embed(torch.tensor([base.eos_ids[0] if bos is None else bos], device=base.device)).detach().float()
-        self.markers = nn.Parameter(start.repeat(len(Marker), 1))
+        sink = base.embed(torch.tensor([base.eos_ids[0] if bos is None else bos], device=base.device)).detach().float()
+        asks = base.model.get_input_embeddings().weight.detach().float().mean(0, keepdim=True)
+        self.markers = nn.Parameter(torch.cat([sink, asks.repeat(config.marker_length - 1, 1)]).repeat(len(Marker), 1, 1))
         self.encoder.memory.data = self.encoder.memory.data.float()
         self._adapter_hash: str | None = None
 
@@ -152,15 +153,24 @@ class ICAE(nn.Module):
         `distil` is the share of a taught sample's loss that compares distributions instead of tokens (see `_divergence`).
         """
         slots = self._encode(segment_ids, lengths, groups, ratio)
-        logits, keep = self._target_logits(slots, markers, text_ids, real, scored)
-        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), text_ids[:, keep].flatten(), reduction="none")
-        wanted = scored[:, keep]
-        losses = _means(nll.view(wanted.shape) * wanted, wanted)
-        if teacher is not None and distil:
-            rows = teacher["rows"]
-            taught = self._divergence(logits[rows], wanted[rows], teacher)
-            losses = losses.index_copy(0, rows, (1 - distil) * losses[rows] + distil * taught)
-        return {"loss": losses.mean()}
+        widths = real.sum(1).tolist()
+        total = torch.zeros((), device=text_ids.device)
+        for rows in alike(widths):  # texts of like lengths together: less padding
+            text = slice(max(widths[b] for b in rows))
+            batch = SlotBatch.pad([slots[b] for b in rows])
+            ids, wanted = text_ids[rows, text], scored[rows, text]
+            logits, keep = self._target_logits(batch, markers[rows], ids, real[rows, text], wanted)
+            wanted = wanted[:, keep]
+            nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, keep].flatten(), reduction="none")
+            losses = _means(nll.view(wanted.shape) * wanted, wanted)
+            if teacher is not None and distil:
+                pairs = [(rows.index(b), t) for t, b in enumerate(teacher["rows"].tolist()) if b in rows]
+                if pairs:
+                    here, there = (torch.tensor(side, device=ids.device) for side in zip(*pairs, strict=True))
+                    taught = self._divergence(logits[here], wanted[here], {name: t[there] for name, t in teacher.items()})
+                    losses = losses.index_copy(0, here, (1 - distil) * losses[here] + distil * taught)
+            total = total + losses.sum()
+        return {"loss": total / len(widths)}
 
     def _divergence(self, logits: Tensor, wanted: Tensor, teacher: dict[str, Tensor]) -> Tensor:
         """Return KL(base with the full text || base with the slots) in nats a token, a row: the mean over its scored tokens.
@@ -178,27 +188,34 @@ class ICAE(nn.Module):
         kl = nn.functional.kl_div(mine.float().log_softmax(-1), said.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
         return _means(torch.zeros(wanted.shape, device=kl.device).masked_scatter(wanted, kl), wanted)
 
-    def _encode(self, segment_ids: Tensor, lengths: list[int], groups: list[list[int]], ratio: int | None) -> SlotBatch:
-        slots = self.encoder(segment_ids, lengths, ratio)
-        return slots.regroup(groups, Origin(self.config.kind, 0, self.config.layout, "", "", ""))
+    def _encode(self, segment_ids: Tensor, lengths: list[int], groups: list[list[int]], ratio: int | None) -> list[MemorySlots]:
+        """Return each context's slots, with gradient; segments of like lengths are encoded together."""
+        made: dict[int, MemorySlots] = {}
+        for rows in alike(lengths):
+            taken = [lengths[i] for i in rows]
+            batch = self.encoder(segment_ids[rows, : max(taken)], taken, ratio)
+            made |= zip(rows, batch.rows(Origin(self.config.kind, 0, self.config.layout, "", "", "")), strict=True)
+        return [MemorySlots.concatenate([made[i] for i in group]) for group in groups]
 
     def _target_logits(
         self, slots: SlotBatch | None, markers: Tensor, text_ids: Tensor, real: Tensor, scored: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Read [marker, text without its last token] after the slots; return logits (B, kept, V) and the kept places of the text."""
-        inputs = torch.cat([self.markers[markers][:, None].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
-        start = torch.stack([self._start(slots, b, int(m)) for b, m in enumerate(markers)]).to(text_ids.device)
-        places = start[:, None] + torch.arange(text_ids.shape[1], device=text_ids.device)
+        inputs = torch.cat([self.markers[markers].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
+        lead = inputs.shape[1] - text_ids.shape[1]
+        real = torch.cat([real.new_ones(len(real), lead), real], 1)
         keep = scored.any(0).nonzero()[:, 0]
-        return self.decoder.logits(slots, inputs, places, real, keep), keep
+        return self.decoder.logits(slots, inputs, self._places(slots, markers.tolist(), inputs.shape[1]), real, keep + lead), keep
 
-    def _start(self, slots: SlotBatch | None, row: int, marker: int) -> Tensor:
-        """Return the marker's position id: [AE] where the layout puts it, [LM] and [FT] after the slots."""
-        if slots is None:
-            return torch.tensor(0)
-        if marker == Marker.AE and self.config.layout == "spread":
-            return torch.tensor(0)
-        return torch.tensor(sum(s.span for s in slots.segments[row]))
+    def _places(self, slots: SlotBatch | None, markers: list[int], width: int) -> Tensor:
+        """Return position ids (B, width) of marker and text: [LM] and [FT] stand after the slots, [AE] where the layout puts it.
+
+        In the `spread` layout the text's own positions begin at 1, so that all vectors of [AE] share position 0.
+        """
+        early = 1 - self.config.marker_length
+        spans = [0] * len(markers) if slots is None else slots.spans.tolist()
+        starts = [early if m == Marker.AE and self.config.layout == "spread" else span for m, span in zip(markers, spans, strict=True)]
+        return (torch.tensor(starts)[:, None] + torch.arange(width)).clamp(min=0).to(self.base.device)
 
     # ---- writing slots ----
 
@@ -374,21 +391,20 @@ class ICAE(nn.Module):
         for s in slots or []:
             self.check(s)
         batch = None if slots is None else SlotBatch.pad([s.to(self.base.device) for s in slots])
-        lead = 0 if marker is None else 1
+        lead = 0 if marker is None else self.config.marker_length
         lengths = [len(p) + lead for p in prompts]
         text = padded([p or [0] for p in prompts])[:, : max(map(len, prompts))].to(self.base.device)
         inputs = self.base.embed(text)
-        starts = torch.zeros(len(prompts), dtype=torch.long)
+        places = torch.arange(max(lengths), device=self.base.device).expand(len(prompts), -1)
+        real = places < torch.tensor(lengths, device=self.base.device)[:, None]
         if marker is not None:
-            inputs = torch.cat([self.markers[int(marker)].to(inputs.dtype).expand(len(prompts), 1, -1), inputs], 1)
-            starts = torch.stack([self._start(batch, b, marker) for b in range(len(prompts))])
-        self._fits(int(starts.max()) + max(lengths), max(limits))
-        steps = torch.arange(max(lengths), device=self.base.device)
-        real = steps[None] < torch.tensor(lengths, device=self.base.device)[:, None]
+            inputs = torch.cat([self.markers[int(marker)].to(inputs.dtype).expand(len(prompts), -1, -1), inputs], 1)
+            places = self._places(batch, [int(marker)] * len(prompts), inputs.shape[1])
+        self._fits(int(places.max()) + 1, max(limits))
         return self.decoder.generate(
             batch,
             inputs.detach(),
-            starts.to(self.base.device)[:, None] + steps,
+            places,
             real,
             limits,
             temperature=sampling.temperature,

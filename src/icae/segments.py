@@ -17,6 +17,7 @@ Two layouts give position ids. With L = 8, ratio = 4:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from icae.errors import ICAEError
@@ -81,3 +82,17 @@ _LAYOUTS = {"spread": spread, "appended": appended}
 def positions(layout: str, length: int, ratio: int) -> Positions:
     """Return the position ids of one segment of `length` tokens under the layout of that name."""
     return _LAYOUTS[layout](length, ratio)
+
+
+def alike(lengths: Sequence[int], share: float = 0.75) -> list[list[int]]:
+    """Group rows by length, longest first: each group's shortest row has at least `share` of its longest one's length.
+
+    Padding then never takes more than 1 - `share` of a group.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[i] >= share * lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups

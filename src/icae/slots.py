@@ -250,13 +250,6 @@ class SlotBatch:
             rows[0].rotations,
         )
 
-    def regroup(self, groups: Sequence[Sequence[int]], origin: Origin) -> SlotBatch:
-        """Join rows: group g of the result holds the rows `groups[g]`, concatenated. Keeps gradients."""
-        if all(list(g) == [i] for i, g in enumerate(groups)) and len(groups) == len(self):
-            return self
-        rows = self.rows(origin)
-        return SlotBatch.pad([MemorySlots.concatenate([rows[i] for i in group]) for group in groups])
-
 
 def rotated(keys: Tensor, rotations: Tensor, by: Tensor) -> Tensor:
     """Turn keys by further positions, so that a key rotated at p becomes the key rotated at p + by.

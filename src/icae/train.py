@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, get_schedu
 from icae.base import Base, load_base
 from icae.checkpoint import find_checkpoint, load_weights, read_config
 from icae.config import ICAEConfig, TrainConfig
-from icae.data import HeldOut, Windows, load_corpus
+from icae.data import HeldOut, Windows, load_texts
 from icae.errors import ICAEError
 from icae.matmul import fast_linear
 from icae.model import ICAE
+from icae.muon import Muon
 from icae.objectives import collate
 from icae.slots import write_atomically
 from icae.triples import Triples, load_pools
@@ -37,7 +38,7 @@ def train(train: TrainConfig, model_config: ICAEConfig, *, resume: bool = True, 
     train : TrainConfig
         Data, objective, schedule.
     model_config : ICAEConfig
-        What to build; where `train.init` names a checkpoint, that one's config is used instead, but for segment length and readout.
+        What to build; where `train.init` names a checkpoint, what `starting_config` made of that one's.
     resume : bool
         Go on from the newest checkpoint in the output folder, if there is one.
     quiet : bool
@@ -87,18 +88,24 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     return output
 
 
+def starting_config(init: str | None, settings: dict[str, Any]) -> ICAEConfig:
+    """Return the config of the checkpoint `init` (none: the defaults) with `settings` changed; errors as for `ICAEConfig.from_dict`.
+
+    An adapter may go on with another segment length, ratio, memory token or readout, as long as its own tensors still fit.
+    """
+    known = {} if init is None else read_config(find_checkpoint(init)).to_dict()
+    return ICAEConfig.from_dict({**known, **settings})
+
+
 def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
     """Return the model a run begins with, on its process's device: new, or that of the checkpoint `train.init`."""
-    start = None
-    if train.init is not None:
-        start = find_checkpoint(train.init)
-        config = read_config(start).replace(segment_length=config.segment_length, readout=config.readout)
+    start = None if train.init is None else find_checkpoint(train.init)
     base = load_base(config.base, device=device)
-    if start is not None and base.fingerprint != config.base_fingerprint:
+    if start is not None and base.fingerprint != read_config(start).base_fingerprint:
         raise ICAEError(f"{start} was trained on another base than {base.name!r}; start from one of its own")
     model = ICAE(base, config)
     if start is not None:
-        load_weights(model, start)
+        load_weights(model, start, fresh=("mix", "connector"))  # over an adapter trained without them, both start as nothing
     return model
 
 
@@ -211,11 +218,10 @@ def _last_checkpoint(output: Path) -> str | None:
 def make_data(train: TrainConfig, base: Base, config: ICAEConfig, processes: int) -> tuple[Any, Any]:
     """Return the training samples and, where asked for, the held-out ones."""
 
-    def windows(source: str) -> Windows:
-        return Windows(load_corpus(source, base, train.max_tokens), base, config, train, processes=processes)
+    def windows(source: str | list[str] | dict[str, float]) -> Windows:
+        return Windows(load_texts(source, base, train.max_tokens), base, config, train, processes=processes)
 
     if train.objective == "pretrain":
-        assert isinstance(train.train, str)  # checked by TrainConfig
         held_out = None if train.held_out is None else HeldOut(windows(train.held_out), train.eval_samples)
         return windows(train.train), held_out
     limits = {"least": config.ratio, "most": train.context_length}
@@ -229,13 +235,17 @@ def make_data(train: TrainConfig, base: Base, config: ICAEConfig, processes: int
 
 
 def _optimizer(trained: dict[str, torch.Tensor], train: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with a learning rate a part: LoRA's first matrices, its second ones, memory token and markers."""
+    """Return an optimizer with a learning rate a part: LoRA's first matrices, its second ones (both by Muon, where asked for), the rest."""
     parts: dict[str, list] = {"a": [], "b": [], "memory": []}
     for name, p in trained.items():
         parts["a" if "lora_A" in name else "b" if "lora_B" in name else "memory"].append(p)
     rates = {"a": 1.0, "b": train.lora_b_multiplier, "memory": train.memory_multiplier}
-    groups = [{"params": ps, "lr": train.learning_rate * rates[part]} for part, ps in parts.items() if ps]
-    return torch.optim.AdamW(groups, betas=(0.9, train.adam_beta2), weight_decay=train.weight_decay)
+    groups = [
+        {"params": ps, "lr": train.learning_rate * rates[part], "muon": train.optimizer == "muon" and part != "memory"}
+        for part, ps in parts.items()
+        if ps
+    ]
+    return Muon(groups, betas=(0.9, train.adam_beta2), weight_decay=train.weight_decay)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:

@@ -134,9 +134,9 @@ def generate_from_text(model: ICAE, ids: list[list[int]], count: int) -> list[li
 def generate_from_slots(model: ICAE, slots: Sequence[MemorySlots], count: int) -> list[list[int | None]]:
     """Generate `count` tokens that continue the slots' texts; one list a step."""
     batch = SlotBatch.pad([s.to(model.base.device) for s in slots])
-    marker = model.markers[int(Marker.LM)].to(model.base.dtype).expand(len(slots), 1, -1)
-    real = torch.ones(len(slots), 1, dtype=torch.bool, device=model.base.device)
-    return list(model.decoder.generate(batch, marker, batch.spans[:, None], real, [count] * len(slots), stop=[]))
+    marker = model.markers[int(Marker.LM)].to(model.base.dtype).expand(len(slots), -1, -1)
+    places = batch.spans[:, None] + torch.arange(marker.shape[1], device=model.base.device)
+    return list(model.decoder.generate(batch, marker, places, torch.ones_like(places, dtype=torch.bool), [count] * len(slots), stop=[]))
 
 
 def _timed(context: Context, step: Callable[[], object]) -> float:

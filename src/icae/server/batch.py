@@ -165,7 +165,7 @@ def prefill(
     """
     base, span = model.base, 0 if prefix is None else prefix.span
     if marker is not None:
-        prompt = torch.cat([model.markers[int(marker)].detach().to(prompt.dtype)[None], prompt])
+        prompt = torch.cat([model.markers[int(marker)].detach().to(prompt.dtype), prompt])
     count = len(prompt)
     if not count:
         raise ICAEError("the prompt is empty; give at least one token")
