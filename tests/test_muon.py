@@ -42,3 +42,21 @@ def test_matrices_without_a_gradient_stay_as_they_are():
     moving.grad = torch.ones(2, 3)
     Muon([{"params": [still, moving], "muon": True}], lr=0.1).step()
     assert torch.equal(still.detach(), torch.ones(2, 3)) and not torch.equal(moving.detach(), torch.ones(2, 3))
+
+
+def test_a_saved_state_goes_on_as_if_nothing_had_happened():
+    def run(steps, state=None, at=None):
+        mine = [torch.nn.Parameter(v.clone()) for v in (at or [torch.eye(3, 4), torch.ones(5)])]
+        optimizer = Muon([{"params": mine[:1], "muon": True}, {"params": mine[1:]}], lr=0.1)
+        if state:
+            optimizer.load_state_dict(state)
+        for step in steps:
+            for i, p in enumerate(mine):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            optimizer.step()
+        return [p.detach() for p in mine], optimizer.state_dict()
+
+    whole, _ = run(range(4))
+    half, state = run(range(2))
+    rest, _ = run(range(2, 4), state, half)
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole, strict=True))

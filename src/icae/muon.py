@@ -55,9 +55,12 @@ class Muon(torch.optim.AdamW):
     def _averaged(self, p: Tensor) -> Tensor:
         """Average a matrix's gradient into its state, and return it one step ahead."""
         assert p.grad is not None
-        average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-        average.lerp_(p.grad, 1 - MOMENTUM)
-        return p.grad.lerp(average, MOMENTUM)
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for one when it loads a state
+            state["momentum_buffer"] = torch.zeros_like(p)
+        state["step"] += 1
+        return p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - MOMENTUM), MOMENTUM)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
