@@ -137,6 +137,17 @@ def test_scrambled_windows_hold_the_same_tokens_in_another_order(base):
     assert all(data[i].target[:-1] == ids for i, ids in enumerate(orders))
 
 
+def test_recall_goes_on_from_a_place_inside_the_context(base):
+    data = windows(base, autoencoding_share=0.0, recall_share=0.5, recall_cue=3)
+    recalled = [e for e in (data[i] for i in range(60)) if e.prompt]
+    assert 20 < len(recalled) < 40
+    for e in recalled:
+        context = [t for s in e.segments for t in s]
+        assert e.marker == Marker.LM and len(e.prompt) == len(e.target) == 3
+        assert e.prompt + e.target == list(range(e.prompt[0], e.prompt[0] + 6)) and {*e.prompt, *e.target} <= {*context}
+    assert len({e.prompt[0] - e.segments[0][0] for e in recalled}) > 3
+
+
 def test_a_source_without_text_is_refused(base, home, tmp_path):
     (tmp_path / "a.txt").write_text("")
     refused(lambda: load_corpus(str(tmp_path), base), "holds no text")

@@ -158,6 +158,10 @@ class TrainConfig(_Config):
     )
     autoencoding_eos: bool = setting(True, "End the autoencoding target with the tokenizer's EOS.")
     continuation_length: int = setting(64, "Tokens of a continuation target, at most; never more than the window.")
+    recall_share: float = setting(
+        0.0, "The share of continuation samples that begin with some tokens of the context and go on as it went on there."
+    )
+    recall_cue: int = setting(8, "Tokens that such a sample begins with.")
     continuation_unscored: int = setting(0, "First tokens of a continuation that no loss reads.")
     response_length: int = setting(256, "Longest response, in tokens, when fine-tuning; longer ones are cut.")
     context_length: int | None = setting(
@@ -202,9 +206,10 @@ class TrainConfig(_Config):
         _at_least("continuation_length", self.continuation_length, self.continuation_unscored + 1, "some of it must be scored")
         _at_least("autoencoding_share", self.autoencoding_share, 0, "it is a share, 0 to 1")
         _at_least("1 - autoencoding_share", 1 - self.autoencoding_share, 0, "it is a share, 0 to 1")
-        for name in ("pretrain_share", "scrambled_share", "distil", "distractor_share"):
+        for name in ("pretrain_share", "scrambled_share", "recall_share", "distil", "distractor_share"):
             _at_least(name, getattr(self, name), 0, "it is a share, 0 to 1")
             _at_least(f"1 - {name}", 1 - getattr(self, name), 0, "it is a share, 0 to 1")
+        _at_least("recall_cue", self.recall_cue, 1, "8 are seldom found twice")
         _at_least("distractors", self.distractors, 0, "3 make contexts of up to four documents")
         if self.pretrain_share and not self.replay:
             raise ICAEError("pretrain_share needs text to replay: replay=FOLDER of .txt")

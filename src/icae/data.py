@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from icae.base import Base, cache_folder
 from icae.config import ICAEConfig, TrainConfig
 from icae.errors import ICAEError
-from icae.objectives import Example, autoencoding, continuation
+from icae.objectives import Example, autoencoding, continuation, recall
 
 
 def read_text(path: str | Path) -> str:
@@ -223,7 +223,12 @@ class Windows(Dataset):
             target = min(t.continuation_length, length)
             ids = self.corpus.window(chance, length * segments + target)
             context, following = ids[:-target], ids[-target:]
-            example = continuation(context, following, min(length, self.config.segment_length), t.continuation_unscored)
+            piece = min(length, self.config.segment_length)
+            if chance.random() < t.recall_share and len(context) > t.recall_cue:
+                begin = int(chance.integers(max(1, len(context) - t.recall_cue - target // 2)))
+                example = recall(context, begin, t.recall_cue, target // 2, piece)
+            else:
+                example = continuation(context, following, piece, t.continuation_unscored)
         return replace(example, ratio=drawn_ratio(t, step))
 
 

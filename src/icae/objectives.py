@@ -1,7 +1,8 @@
-"""The three objectives: token ids -> (context, marker, prompt, target). Pure functions on lists; collating makes the only tensors.
+"""The objectives: token ids -> (context, marker, prompt, target). Pure functions on lists; collating makes the only tensors.
 
     autoencoding   slots [AE]                -> the context itself (+ EOS)            ICAE, arXiv 2307.06945, section 2.2
     continuation   slots [LM]                -> what follows the context
+    recall         slots [LM] cue            -> what follows the cue inside the context (ours)
     instruction    slots [FT] chat prompt    -> the response + the template's end     section 2.3
 
 The prompt and the response come from chat.py. A response may also be learned from what the base itself would say next with the full
@@ -61,6 +62,16 @@ def autoencoding(context: list[int], segment_length: int, eos: int | None) -> Ex
 def continuation(context: list[int], following: list[int], segment_length: int, unscored: int = 0) -> Example:
     """Continue the text with `following`, of which the first `unscored` tokens are read but not scored."""
     return Example(pieces(context, segment_length), Marker.LM, [], following, unscored)
+
+
+def recall(context: list[int], begin: int, cue: int, length: int, segment_length: int) -> Example:
+    """Find `cue` tokens that stand at `begin` in the context, and go on from there for `length` tokens at most.
+
+    Text that repeats itself goes on as before, and the base with the full text says so too (induction heads, arXiv 2209.11895): slots
+    that are to be asked must be found by what they hold, not only by where they stand, which is all that autoencoding teaches.
+    """
+    end = begin + cue
+    return Example(pieces(context, segment_length), Marker.LM, context[begin:end], context[end : end + length])
 
 
 def instruction(context: list[int], prompt: list[int], response: list[int], segment_length: int) -> Example:
