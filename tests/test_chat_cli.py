@@ -40,7 +40,7 @@ def test_old_turns_leave_when_the_positions_run_out(base):
     history = [{"role": role, "content": f"{i} " + "word " * 20} for i in range(12) for role in ("user", "assistant")]
     left = fitting(model, made, history, "Who?", 50)
     assert 0 < len(left) < 24 and left == history[-len(left) :] and len(left) % 2 == 0
-    used = [made.span + 1 + len(chat_prompt(base.tokenizer, "Who?", turns)) + 50 for turns in (left, history[-len(left) - 2 :])]
+    used = [made.span + 2 + len(chat_prompt(base.tokenizer, "Who?", turns)) + 50 for turns in (left, history[-len(left) - 2 :])]
     assert used[0] <= base.max_positions < used[1]
 
 

@@ -182,7 +182,7 @@ def test_usage_counts_what_was_read_and_what_was_saved(client, model, store):
     usage = ask(client, context(text=TEXT)).json()["usage"]
     (entry,) = store.entries()
     prompt = len(model.base.tokenizer(templated(model, QUESTION), add_special_tokens=False)["input_ids"])
-    assert usage["prompt_tokens"] == entry.slots + 1 + prompt
+    assert usage["prompt_tokens"] == entry.slots + 2 + prompt
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert usage["icae"]["saved_tokens"] == entry.tokens - entry.slots
     assert usage["icae"]["kv_bytes"] == usage["prompt_tokens"] * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, size, float32

@@ -184,6 +184,9 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_it_had_not_been(finished, sett
     folder = Path(settings["output"])
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-3"] and not (folder / "config.json").exists()
     assert_same_run(train(settings, config), finished[kind], 1e-6)
+    costs, uninterrupted = ([row["context_tokens"] for row in history(f) if "loss" in row] for f in (folder, finished[kind]))
+    assert costs == uninterrupted == sorted(costs) and costs[0] > 0
+    assert [row["minutes"] for row in history(folder)] == sorted(row["minutes"] for row in history(folder))
 
 
 def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(finished, settings, config, kind):

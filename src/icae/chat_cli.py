@@ -65,7 +65,8 @@ def fitting(icae: ICAE, slots: MemorySlots, history: list[dict[str, str]], promp
     """Return the latest turns that leave room for the prompt and an answer of `limit` tokens among the base's positions."""
     from icae.chat import chat_prompt
 
-    while history and slots.span + 1 + len(chat_prompt(icae.base.tokenizer, prompt, history)) + limit > icae.base.max_positions:
+    room = icae.base.max_positions - slots.span - icae.config.marker_length - limit
+    while history and len(chat_prompt(icae.base.tokenizer, prompt, history)) > room:
         history = history[2:]
     return history
 

@@ -173,7 +173,7 @@ class IcaeLM(TemplateLM):
 
     def _room(self, behind: int) -> int:
         """Return the longest context that leaves the base positions for `behind` tokens, the marker and a lead."""
-        return self.model.base.max_positions - behind - 2
+        return self.model.base.max_positions - behind - self.model.config.marker_length - 1
 
 
 def main() -> None:

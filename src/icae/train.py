@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,6 +78,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
         raise ICAEError(f"{output} holds checkpoints of another run; name another output, or remove them, to begin afresh")
     if last is not None:
         trainee.check(Path(last))
+        trainer.go_on_counting(Path(last))
     if arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "train_config.json", (json.dumps(train.to_dict(), indent=2) + "\n").encode())
@@ -164,6 +166,27 @@ class ICAETrainer(Trainer):
 
     model: Any
     train_dataset: Any
+    context_tokens = 0
+    """Context tokens that all processes have compressed, each shared segment once."""
+    _before = 0.0
+    _begin: float | None = None
+
+    def training_step(self, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Count the batch's context tokens, and learn from it."""
+        self._begin = self._begin or time.monotonic()
+        self.context_tokens += sum(inputs["lengths"]) * self.args.world_size
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Write a line of the log, with what the run has cost so far: context tokens and minutes."""
+        minutes = self._before + (time.monotonic() - (self._begin or time.monotonic())) / 60
+        super().log({**logs, "context_tokens": self.context_tokens, "minutes": round(minutes, 2)}, *args, **kwargs)
+
+    def go_on_counting(self, checkpoint: Path) -> None:
+        """Take up the counts of a checkpoint's last line in the log; those of the updates behind it are lost."""
+        lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        if lines:
+            self.context_tokens, self._before = lines[-1].get("context_tokens", 0), lines[-1].get("minutes", 0.0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         samples: Any = train_dataset if train_dataset is not None else self.train_dataset

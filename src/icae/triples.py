@@ -231,7 +231,7 @@ class Triples(Dataset):
         prompt = chat_prompt(tokenizer, triple.prompt)
         response = chat_response(tokenizer, triple.response)[: t.response_length]
         example = instruction(encode(triple.context), prompt, response, self.config.segment_length)
-        room = self.base.max_positions - len(prompt) - len(response) - 1
+        room = self.base.max_positions - len(prompt) - len(response) - self.config.marker_length
         teacher: list[int] = []
         if t.distil:
             teacher = chat_prompt(tokenizer, full_text(triple.context, triple.prompt))

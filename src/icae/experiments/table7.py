@@ -51,7 +51,7 @@ def run(
 ) -> Table:
     """Time every batch and context whose product is at most `most_tokens`."""
     notes = context.text_note()
-    room = context.base.max_positions - generated
+    room = context.base.max_positions - generated - context.main.config.marker_length
     windows: list[list[int]] = []
     rows: list[dict[str, Cell]] = []
     for length in contexts:

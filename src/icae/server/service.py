@@ -194,7 +194,8 @@ class Service:
                 wanted = entry.entry
             contents.append(wanted)
         prefix = (yield from self._prefix(contents)) if contents else None
-        span, length = prefix.span if prefix else 0, sum(map(len, ask.pieces)) + (prefix is not None)
+        lead = self.model.config.marker_length if prefix else 0
+        span, length = prefix.span if prefix else 0, sum(map(len, ask.pieces)) + lead
         check_positions(self.model, span + length, limit or 1)  # before it is embedded: a long prompt takes much memory
         embed = self.model.base.embed
         device, dtype = self.model.base.device, self.model.base.dtype
@@ -202,7 +203,7 @@ class Service:
         prompt = torch.cat(pieces).to(dtype)
         marker = None if prefix is None else ask.marker
         slots, tokens = (prefix.slots, prefix.tokens) if prefix else (0, 0)
-        usage.prompt_tokens = slots + len(prompt) + (marker is not None)
+        usage.prompt_tokens = slots + lead + len(prompt)
         usage.icae = Saved(context_tokens=tokens, slots=slots, saved_tokens=tokens - slots, kv_bytes=0)
         if limit is None:
             limit = min(self.limits.max_tokens, self.model.base.max_positions - span - length)
@@ -220,7 +221,7 @@ class Service:
             return found
         slots = MemorySlots.concatenate([self.store.read(c)[0] for c in contents])
         self.model.check(slots)
-        check_positions(self.model, slots.span + 1, 1)
+        check_positions(self.model, slots.span + self.model.config.marker_length, 1)
         found = self.prefixes.put(key, slots)
         yield
         return found
