@@ -190,25 +190,25 @@ An In-context Autoencoder (arXiv 2307.06945) for {about["base"]}: `{about["kind"
 `{about["memory"]}` memory token, LoRA of rank {about["lora_rank"]} on {", ".join(about["lora_targets"])}; contexts are encoded in
 segments of at most {about["segment_length"]} tokens.
 
-{_training(folder, about, steps)}
+{_training(folder, steps)}
 
 ## Results, on books that the training did not see
 
 {results_table(folder.name) or "Not measured."}"""
 
 
-def _training(folder: Path, about: dict[str, Any], steps: int) -> str:
+def _training(folder: Path, steps: int) -> str:
     """Return how an adapter was trained, as its own train_config.json tells."""
-    settings = folder / "train_config.json"
-    if settings.exists() and json.loads(settings.read_text())["objective"] == "instruct":
+    settings = json.loads((folder / "train_config.json").read_text())
+    config = f"configs/{Path(settings['output']).name}.yaml"
+    if settings["objective"] == "instruct":
         return (
-            f"Fine-tuned on questions about texts, {steps} updates (docs/finetuning.md); train_config.json has every setting. It answers\n"
-            "from slots, reads texts back and continues them."
+            f"Trained on questions about texts and, beside them, on giving texts back and continuing them, {steps} updates of\n"
+            f"`icae finetune {config}`, after the pretraining that this config names. One adapter does it all."
         )
     return (
-        f"Pretrained on public-domain English books, {steps} updates, with\n"
-        f"`icae pretrain configs/{folder.name.removeprefix(about['base'] + '-')}.yaml`. It reads texts back and continues them; it is not\n"
-        "fine-tuned to answer."
+        f"Pretrained on public-domain English, {steps} updates of `icae pretrain {config}`, after the stages that this\n"
+        "config names. It reads texts back; it is not fine-tuned to answer."
     )
 
 
