@@ -24,9 +24,7 @@ def main() -> None:
             if key == "loss":
                 smooth = [sum(losses[max(0, i - 4) : i + 1]) / len(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
                 axis.plot(steps, smooth, color=drawn.get_color(), label="mean of five")
-        objective = json.loads((file.parent / "train_config.json").read_text())["objective"]
-        mixed = ": questions, autoencoding, continuation" if objective == "instruct" else ": autoencoding"
-        axis.set(title=file.parent.name + mixed, xlabel="update", ylabel="loss (nats a token)")
+        axis.set(title=file.parent.name, xlabel="update", ylabel="loss (nats a token)")
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
