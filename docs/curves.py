@@ -16,7 +16,11 @@ def main() -> None:
     figure = Figure(figsize=(5 * len(states), 3.6), layout="constrained")
     for axis, file in zip(figure.subplots(1, len(states), squeeze=False)[0], states, strict=True):
         lines = json.loads(file.read_text())["log_history"]
-        for key, label, style in (("loss", "training", {"alpha": 0.3}), ("eval_loss", "held out", {"marker": "o"})):
+        answers = json.loads((file.parent / "train_config.json").read_text())["objective"] == "instruct"
+        for key, label, style in (
+            ("loss", "training", {"alpha": 0.3}),
+            ("eval_loss", f"held out{', responses alone' if answers else ''}", {"marker": "o"}),
+        ):
             steps = [line["step"] for line in lines if key in line]
             losses = [line[key] for line in lines if key in line]
             if losses:
