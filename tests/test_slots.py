@@ -106,7 +106,7 @@ def test_padding_and_taking_rows_are_inverse(kind):
         assert_same_slots(back, row, 0)
 
 
-def test_joining_rows_rows_and_keeps_gradients(kind):
+def test_joining_rows_keeps_values_and_gradients(kind):
     rows = [random_slots(kind, [s]) for s in SEGMENTS[1] + SEGMENTS[0]]
     batch = SlotBatch.pad(rows)
     leaves = {name: t.requires_grad_() for name, t in batch.tensors.items()}
