@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from icae.cost import Shape, step
 from icae.objectives import autoencoding, collate
 
-ROTARY = 0.02
+ROTARY = 0.01
 """Share of rotary angles and of pooling, which the formula leaves out, at these tiny sizes; at SmolLM2's they are under a thousandth."""
 
 

@@ -26,6 +26,8 @@ class Shape:
     vocabulary: int
     rank: int
     targets: tuple[str, ...]
+    marker: int = 2
+    """Vectors of the marker before the target."""
 
     @classmethod
     def of(cls, base_config: Any, config: ICAEConfig) -> Shape:
@@ -40,6 +42,7 @@ class Shape:
             base_config.vocab_size,
             config.lora_rank,
             tuple(config.lora_targets),
+            config.marker_length,
         )
 
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -73,8 +76,9 @@ def step(shape: Shape, length: int, ratio: int, target: int, *, cached: bool = T
         The path without savings: the base's own weights are differentiated too.
     """
     slots = slot_count(length, ratio)
-    rows, seen = length + slots, slots + target
-    read = target if cached else seen
+    mine = shape.marker + target - 1  # the last target is not read
+    rows, seen = length + slots, slots + mine
+    read = mine if cached else seen
     own = int(plain)  # the weights' own gradients: one product more a linear module
     linear, lora = shape.products()
     pairs = 4 * rows * rows * shape.queries
