@@ -128,15 +128,6 @@ def test_several_sources_give_windows_by_size_or_by_share(base, home, tmp_path):
     refused(lambda: load_texts(list(texts), base).window(chance, 1000), "no document has 1000 tokens")
 
 
-def test_scrambled_windows_hold_the_same_tokens_in_another_order(base):
-    data = windows(base, autoencoding_share=1.0, scrambled_share=0.5)
-    orders = [[t for s in data[i].segments for t in s] for i in range(60)]
-    in_order = [ids == sorted(ids) for ids in orders]
-    assert 20 < sum(in_order) < 40
-    assert all(sorted(ids) == list(range(min(ids), min(ids) + 12)) for ids in orders)
-    assert all(data[i].target[:-1] == ids for i, ids in enumerate(orders))
-
-
 def test_recall_goes_on_from_a_place_inside_the_context(base):
     data = windows(base, autoencoding_share=0.0, recall_share=0.5, recall_cue=3)
     recalled = [e for e in (data[i] for i in range(60)) if e.prompt]

@@ -153,9 +153,6 @@ class TrainConfig(_Config):
     batch_size: int = setting(4, "Samples a process and accumulation step.")
     accumulation: int = setting(1, "Backward passes an update.")
     autoencoding_share: float = setting(0.5, "lambda: the share of samples a batch that autoencode; the others continue the text.")
-    scrambled_share: float = setting(
-        0.0, "The share of autoencoding samples whose tokens are put in random order, so that they must be stored, not guessed."
-    )
     autoencoding_eos: bool = setting(True, "End the autoencoding target with the tokenizer's EOS.")
     continuation_length: int = setting(64, "Tokens of a continuation target, at most; never more than the window.")
     recall_share: float = setting(
@@ -206,7 +203,7 @@ class TrainConfig(_Config):
         _at_least("continuation_length", self.continuation_length, self.continuation_unscored + 1, "some of it must be scored")
         _at_least("autoencoding_share", self.autoencoding_share, 0, "it is a share, 0 to 1")
         _at_least("1 - autoencoding_share", 1 - self.autoencoding_share, 0, "it is a share, 0 to 1")
-        for name in ("pretrain_share", "scrambled_share", "recall_share", "distil", "distractor_share"):
+        for name in ("pretrain_share", "recall_share", "distil", "distractor_share"):
             _at_least(name, getattr(self, name), 0, "it is a share, 0 to 1")
             _at_least(f"1 - {name}", 1 - getattr(self, name), 0, "it is a share, 0 to 1")
         _at_least("recall_cue", self.recall_cue, 1, "8 are seldom found twice")

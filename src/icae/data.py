@@ -214,10 +214,7 @@ class Windows(Dataset):
         chance = np.random.default_rng([t.seed, index])
         if takes(turn, t.autoencoding_share):
             eos = self.base.tokenizer.eos_token_id if t.autoencoding_eos else None
-            ids = self.corpus.window(chance, length)
-            if chance.random() < t.scrambled_share:
-                ids = chance.permutation(ids).tolist()
-            example = autoencoding(ids, self.config.segment_length, eos)
+            example = autoencoding(self.corpus.window(chance, length), self.config.segment_length, eos)
         else:
             segments = int(chance.integers(1, most + 1))
             target = min(t.continuation_length, length)
