@@ -10,7 +10,7 @@ import torch
 
 from icae.matmul import product
 
-SIZES = [(rows, *shape) for rows in (32, 160, 640) for shape in ((576, 576), (576, 1536), (1536, 576))]
+SIZES = [(rows, *shape) for rows in (1, 4, 16, 32, 160, 640) for shape in ((576, 576), (576, 1536), (1536, 576))]
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icae.errors import ICAEError
+from icae.terminal import load_model
 
 if TYPE_CHECKING:
     from icae.model import ICAE
@@ -30,14 +31,14 @@ def chat(
 ) -> None:
     """Talk about a text, turn by turn, over the same slots: one question a line; /forget begins anew, /quit or Ctrl-D leaves."""
     from icae.data import read_text
-    from icae.model import ICAE, Sampling
+    from icae.model import Sampling
     from icae.slots import MemorySlots
 
     if max_tokens < 1:
         raise ICAEError(f"max-tokens must be at least 1, got {max_tokens}")
     loaded = MemorySlots.load(context) if context.suffix == ".safetensors" else None
     text = "" if loaded is not None else read_text(context)
-    icae = ICAE.from_pretrained(model, base=base, device=device)
+    icae = load_model(model, base, device)
     slots = loaded if loaded is not None else icae.compress(text, ratio=ratio)
     icae.check(slots)
     print(f"{slots.tokens} tokens in {slots.count} slots; /forget begins anew, /quit leaves", file=sys.stderr, flush=True)

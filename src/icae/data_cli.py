@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icae.errors import ICAEError
+from icae.terminal import Json, progress
 
 if TYPE_CHECKING:
     from icae.pwc.teachers import Teacher
 
 app = typer.Typer(help="Make and check triples of context, prompt and response.", no_args_is_help=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
 @app.command()
@@ -43,7 +42,6 @@ def build(
     """Write triples about passages of any text; a run that stopped goes on where it was, and pays for nothing twice."""
     from itertools import islice
 
-    from icae.cli import _progress
     from icae.data import documents
     from icae.matmul import fast_linear
     from icae.pwc.build import Budget
@@ -62,7 +60,7 @@ def build(
     if not drawn:
         raise ICAEError(f"{source} holds no passage of {least} to {most} characters; try other --least and --most")
     asked = _teacher(teacher, url, prompts, answer_tokens, temperature, together, seed, base, device)
-    with _progress("asking", "passages") as tick, fast_linear():
+    with progress("asking", "passages") as tick, fast_linear():
         budget = Budget(max_requests, max_tokens, minutes)
         counts = build_triples(drawn, out, asked, budget, test_share=test_share, progress=tick)
     if as_json:

@@ -2,7 +2,7 @@
 
 torch's wheels carry MKL, which on AMD processors reaches about half of what the OpenBLAS inside numpy's wheels does at the sizes met
 here (benchmarks/matmul.py measures both). `fast_linear` lends numpy's product to every `nn.Linear` while it is open, forward and
-backward; elsewhere (accelerators, other dtypes, single rows) torch's own is used. It knows nothing of models.
+backward; elsewhere (accelerators, other dtypes) torch's own is used. It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LEAST_ROWS = 16
-"""Below this many rows a product is bound by memory, and torch's own is as fast."""
-
 
 @contextmanager
 def fast_linear() -> Iterator[bool]:
@@ -31,7 +28,7 @@ def fast_linear() -> Iterator[bool]:
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not plain or x.numel() < _LEAST_ROWS * x.shape[-1]:
+        if not plain:
             return original(x, weight, bias)
         y = _Linear.apply(x, weight)
         return y if bias is None else y + bias

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from icae.errors import ICAEError
+from icae.terminal import load_model
 
 
 def serve(
@@ -54,13 +55,12 @@ def serve(
     if open_to_all and not _own(host):
         raise ICAEError(f"nobody listens on {host} without API keys: make one with `icae serve --add-key NAME`, or use --host 127.0.0.1")
     from icae.checkpoint import find_checkpoint
-    from icae.model import ICAE
     from icae.server.app import create_app
     from icae.store import SlotStore
 
     checkpoint = find_checkpoint(model)
     kept = SlotStore(folder)
-    icae = ICAE.from_pretrained(checkpoint, base=base, device=device)
+    icae = load_model(str(checkpoint), base, device)
     hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
     app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=None if open_to_all else keyring, hosts=hosts)
     shutdown = int(limits.shutdown) + 1

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from icae.errors import ICAEError
+from icae.terminal import Json, load_model, progress
 
 if TYPE_CHECKING:
     from icae.catalogue import Entry
@@ -22,7 +22,6 @@ app = typer.Typer(help="Keep contexts compressed: once written, asked many times
 
 Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")]
 Names = Annotated[list[str], typer.Argument(help="Names of contexts.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 _TEXTS = (".txt", ".md", ".rst", ".text")
 
 
@@ -46,13 +45,12 @@ def add(
             raise ICAEError(f"--name names one text, these are {len(texts)}; leave it away")
         texts = [(name, texts[0][1], texts[0][2])]
     kept = _open(store, blobs, make=True)
-    from icae.model import ICAE
 
-    icae = ICAE.from_pretrained(model, base=base, device=device)
+    icae = load_model(model, base, device)
     rows = []
     for label, source, text in texts:
         begin = time.perf_counter()
-        with _progress(f"compressing {label}") as tick:
+        with progress(f"compressing {label}") as tick:
             added = kept.add(icae, text, label, source=source, ratio=ratio, dtype=dtype, progress=tick)
         row = {**_row(added.entry), "fresh": added.fresh, "seconds": time.perf_counter() - begin}
         rows.append(row)
@@ -110,7 +108,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read everything in the store and check it; exits with 1 where something is damaged."""
-    with _progress("verifying", "blobs") as tick:
+    with progress("verifying", "blobs") as tick:
         bad = _open(store).verify(drop=drop, progress=tick)
     if as_json:
         print(json.dumps({"damaged": bad, "dropped": drop}, ensure_ascii=False))
@@ -214,15 +212,3 @@ def _row(entry: Entry) -> dict[str, Any]:
     """Return an entry as plain values, without the server's namespace and handle."""
     values = {**entry.__dict__}
     return {name: values[name] for name in values if name not in ("namespace", "id")}
-
-
-@contextmanager
-def _progress(verb: str, unit: str = "segments") -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback (done, total) behind a progress bar on standard error; silent where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

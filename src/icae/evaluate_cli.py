@@ -1,0 +1,214 @@
+"""`icae evaluate ...`: a checkpoint's figures on held-out text. Heavy imports inside the commands, as in cli.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from icae.errors import ICAEError
+from icae.terminal import BaseName, Device, Json, Model, Ratio, Seed, check_ratio, load_model, print_results, print_table, progress
+
+app = typer.Typer(help="Measure a checkpoint on held-out text.", no_args_is_help=True)
+
+TextPath = Annotated[str, typer.Option("--text", help="Held-out text: a folder of .txt, a .txt or .jsonl file.", show_default=False)]
+Save = Annotated[Path | None, typer.Option("--save", help="Also write the figures here, with settings, commit and machine.")]
+Samples = Annotated[int, typer.Option("--samples", help="Samples a figure is taken over.")]
+
+
+@app.command("autoencoding")
+def evaluate_autoencoding(
+    text: TextPath,
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, with commas.")] = "64,128,256",
+    samples: Samples = 32,
+    ratio: Ratio = None,
+    seed: Seed = 0,
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """Loss, BLEU and exact match of texts read back from their slots."""
+    from icae.evaluate import autoencoding
+
+    check_ratio(ratio)
+    try:
+        wanted = [int(n) for n in lengths.split(",")]
+    except ValueError:
+        raise ICAEError(f"lengths must be whole numbers with commas, got {lengths!r}; try 64,128,256") from None
+    rows = _evaluate(autoencoding, text, model, base, device, save, lengths=wanted, samples=samples, ratio=ratio, seed=seed)
+    columns = ["length", "ratio", "samples", "loss", "token_accuracy", "bleu", "exact_match"]
+    print_results(rows, as_json, lambda: print_table(columns, rows))
+
+
+@app.command("continuation")
+def evaluate_continuation(
+    text: TextPath,
+    length: Annotated[int, typer.Option(help="Context tokens.")] = 512,
+    target: Annotated[int, typer.Option(help="Tokens that are scored after it.")] = 128,
+    samples: Samples = 32,
+    ratio: Ratio = None,
+    seed: Seed = 0,
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of what follows a context, given as text, as slots, or not at all."""
+    from icae.evaluate import continuation
+
+    check_ratio(ratio)
+    result = _evaluate(continuation, text, model, base, device, save, length=length, target=target, samples=samples, ratio=ratio, seed=seed)
+    print_results(result, as_json, lambda: print_table(list(result), [result]))
+
+
+QaData = Annotated[str, typer.Option("--data", help="Triples: a .jsonl, SQuAD's .json, or a Hub name.", show_default=False)]
+QaSamples = Annotated[int | None, typer.Option("--samples", help="Questions asked, drawn by --seed. [default: all]", show_default=False)]
+QaTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens of a response, at most.")]
+Responses = Annotated[Path | None, typer.Option("--responses", help="Also write every question with its responses here, as .jsonl.")]
+
+
+@app.command("qa")
+def evaluate_qa(
+    data: QaData,
+    sides: Annotated[str, typer.Option(help="What is asked, with commas.")] = "text,slots,none,cut,deleted",
+    samples: QaSamples = None,
+    ratio: Ratio = None,
+    max_tokens: QaTokens = 48,
+    seed: Seed = 0,
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
+    responses: Responses = None,
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """Token F1 and ROUGE-1 of responses from the full text, slots, nothing, cut-off text and deleted text (as many tokens as slots)."""
+    from icae.qa import qa
+
+    settings = {"sides": [side.strip() for side in sides.split(",")], "ratio": ratio, "max_new_tokens": max_tokens}
+    _evaluate_qa("qa", qa, data, samples, seed, model, base, device, responses, save, as_json, **settings)
+
+
+@app.command("qa-documents")
+def evaluate_qa_documents(
+    data: QaData,
+    documents: Annotated[int, typer.Option(help="Documents whose slots are joined; one of them answers.")] = 2,
+    samples: QaSamples = None,
+    ratio: Ratio = None,
+    max_tokens: QaTokens = 48,
+    seed: Seed = 0,
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
+    responses: Responses = None,
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """F1 of responses from one document's slots, and from several documents' slots, each made alone."""
+    from icae.qa import documents as ask_documents
+
+    settings = {"count": documents, "ratio": ratio, "max_new_tokens": max_tokens}
+    _evaluate_qa("qa-documents", ask_documents, data, samples, seed, model, base, device, responses, save, as_json, **settings)
+
+
+@app.command("qa-places")
+def evaluate_qa_places(
+    data: QaData,
+    length: Annotated[int, typer.Option(help="Tokens of all paragraphs together.")] = 2048,
+    whole: Annotated[bool, typer.Option("--whole/--apart", help="Compress the paragraphs as one text, or each alone.")] = False,
+    sides: Annotated[str, typer.Option(help="slots, text, or both with a comma.")] = "slots",
+    samples: QaSamples = None,
+    ratio: Ratio = None,
+    max_tokens: QaTokens = 48,
+    seed: Seed = 0,
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
+    responses: Responses = None,
+    save: Save = None,
+    as_json: Json = False,
+) -> None:
+    """F1 of responses from a long context, with the paragraph that answers at the start, in the middle, and at the end."""
+    from icae.qa import places
+
+    wanted = [side.strip() for side in sides.split(",")]
+    settings = {"length": length, "whole": whole, "sides": wanted, "ratio": ratio, "max_new_tokens": max_tokens}
+    _evaluate_qa("qa-places", places, data, samples, seed, model, base, device, responses, save, as_json, **settings)
+
+
+def _evaluate(
+    function: Callable[..., Any], text: str, model: str | None, base: str | None, device: str, save: Path | None, **settings: Any
+) -> Any:
+    """Load model and corpus, call an evaluation with a progress bar, and keep its figures where asked to."""
+    from icae.data import load_corpus
+
+    if settings["samples"] < 1:
+        raise ICAEError(f"samples must be at least 1, got {settings['samples']}")
+    icae = load_model(model, base, device)
+    corpus = load_corpus(text, icae.base)
+    with progress("evaluating", "samples") as tick:
+        results = function(icae, corpus, progress=tick, **settings)
+    if save is not None:
+        from icae.report import write_report
+
+        write_report(save, function.__name__, _checkpoint_name(model), icae, {"text": Path(text).name, **settings}, results)
+    return results
+
+
+def _evaluate_qa(
+    name: str,
+    function: Callable[..., Any],
+    data: str,
+    samples: int | None,
+    seed: int,
+    model: str | None,
+    base: str | None,
+    device: str,
+    responses: Path | None,
+    save: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Load model and triples, ask with a progress bar, print the figures, and keep them where asked to."""
+    from icae.qa import drawn
+    from icae.triples import load_triples
+
+    check_ratio(settings["ratio"])
+    if samples is not None and samples < 1:
+        raise ICAEError(f"samples must be at least 1, got {samples}")
+    every = load_triples(data)
+    icae = load_model(model, base, device)
+    with progress("asking", "questions") as tick:
+        if name != "qa":  # the others also draw what stands around a context
+            settings["seed"] = seed
+        results, rows = function(icae, drawn(every, samples, seed), progress=tick, **settings)
+    if responses is not None:
+        from icae.slots import write_atomically
+
+        write_atomically(responses, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    if save is not None:
+        from icae.report import write_report
+
+        about = {"data": Path(data).name, "samples": samples, "seed": seed, **settings}
+        write_report(save, name, _checkpoint_name(model), icae, about, results)
+
+    def plain() -> None:
+        for name in results:
+            if not name.endswith("_interval"):
+                low, high = results.get(f"{name}_interval", (None, None))
+                value = f"{results[name]:.4g}" if isinstance(results[name], float) else str(results[name])
+                print(f"{name:28} {value}" + ("" if low is None else f"  ({low:.4g} to {high:.4g})"))
+
+    print_results(results, as_json, plain)
+
+
+def _checkpoint_name(model: str | None) -> str:
+    from icae.checkpoint import find_checkpoint
+
+    return find_checkpoint(model).name

@@ -1,0 +1,78 @@
+"""What the commands share at the terminal: their common options, and how they show progress and results. Light: cli.py imports it first."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from icae.errors import ICAEError
+
+if TYPE_CHECKING:
+    from icae.model import ICAE
+
+Model = Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")]
+BaseName = Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id. [default: the checkpoint's]")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Ratio = Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot. [default: the checkpoint's]", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", help="Decides which samples are drawn.")]
+
+
+lent = ExitStack()
+"""What commands borrowed until they end: cli.main gives it back."""
+
+
+def load_model(model: str | None, base: str | None, device: str) -> ICAE:
+    """Load a checkpoint, to run with the faster matrix product; errors as for `ICAE.from_pretrained`."""
+    from icae.matmul import fast_linear
+    from icae.model import ICAE
+
+    lent.enter_context(fast_linear())
+    return ICAE.from_pretrained(model, base=base, device=device)
+
+
+def check_ratio(ratio: int | None) -> None:
+    """Refuse a ratio below 1, before a model is loaded."""
+    if ratio is not None and ratio < 1:
+        raise ICAEError(f"ratio must be at least 1, got {ratio}; 4 keeps about everything, 16 the gist")
+
+
+def print_results(results: Any, as_json: bool, plain: Callable[[], None]) -> None:
+    """Print results: as JSON, or in the plain way."""
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False))
+    else:
+        plain()
+
+
+def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    Console().print(table)
+
+
+def say(message: str) -> None:
+    """Tell the user something, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(verb: str, unit: str = "segments") -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback (done, total) behind a progress bar on standard error; silent where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
