@@ -176,6 +176,18 @@ def test_samples_are_windows_and_what_follows_them(base):
             assert e.target == list(range(context[-1] + 1, context[-1] + 7))
 
 
+def test_where_the_base_teaches_it_reads_the_context_and_the_cue(base):
+    data = windows(base, autoencoding_share=0.5, recall_share=0.5, recall_cue=2, continuation_distil=0.75, first_weight=8)
+    seen = set()
+    for i in range(40):
+        e = data[i]
+        context = [t for s in e.segments for t in s]
+        taught = e.marker == Marker.LM
+        assert (e.teacher, e.distil, e.first) == ((context + e.prompt, 0.75, 1) if taught else ([], 0, 8))
+        seen.add((taught, bool(e.prompt)))
+    assert seen == {(False, False), (True, False), (True, True)}
+
+
 def test_autoencoding_may_go_without_eos(base):
     e = windows(base, autoencoding_share=1.0, autoencoding_eos=False)[0]
     assert e.target == e.segments[0]

@@ -99,7 +99,8 @@ def test_a_marker_stands_where_the_layout_puts_it(base, layout, length):
 def test_the_loss_is_the_mean_over_samples_of_the_mean_over_their_scored_tokens(base, kind, layout):
     model = make_icae(base, kind=kind, layout=layout, stirred=0.1)
     context, following, prompt = random_ids(20, 8, 5)
-    examples = [autoencoding(context, 16, 1), continuation(context[:9], following, 16, 2), instruction(context, prompt, following, 16)]
+    examples = [autoencoding(context, 16, 1, ratio=4), continuation(context[:9], following, 16, 2)]
+    examples.append(instruction(context, prompt, following, 16, ratio=4))
     alone = [float(model(**collate([e]))["loss"]) for e in examples]
     assert float(model(**collate(examples))["loss"]) == pytest.approx(sum(alone) / 3, abs=1e-5)
     scores = model.score(model.compress_ids([context, context[:9], context]), examples)
@@ -141,8 +142,8 @@ def test_segments_are_compressed_each_alone_and_joined(base, kind, layout):
     model = make_icae(base, kind=kind, layout=layout, stirred=0.1)
     (ids,) = random_ids(40)
     (whole,) = model.compress_ids([ids])
-    parts = model.compress_ids([ids[:14], ids[14:27], ids[27:]])
-    assert [s.tokens for s in whole.segments] == [14, 13, 13]
+    parts = model.compress_ids([ids[:16], ids[16:28], ids[28:]])
+    assert [s.tokens for s in whole.segments] == [16, 12, 12]
     assert_same_slots(whole, MemorySlots.concatenate(parts), 1e-5)
     for part, back in zip(parts, whole.split(), strict=True):
         assert_same_slots(back, part, 1e-5)
@@ -304,10 +305,10 @@ def test_the_embedded_base_reads_its_own_prefix_as_slots(real_base):
     torch.testing.assert_close(slots.tensors["keys"][:, 0], own["keys"][:, 0], atol=1e-4, rtol=0)
 
 
-def taught(base, target, prompt):
+def taught(base, target, prompt, distil=1.0):
     """An instruction example whose teacher reads another prompt before the same target."""
     context, own = random_ids(14, 4, seed=8)
-    return dataclasses.replace(instruction(context, own, target, 16), teacher=prompt)
+    return dataclasses.replace(instruction(context, own, target, 16), teacher=prompt, distil=distil)
 
 
 def test_distillation_is_the_divergence_from_the_base_with_the_full_text(base, kind):
@@ -324,17 +325,25 @@ def test_distillation_is_the_divergence_from_the_base_with_the_full_text(base, k
         by_hand.append(float((said.exp() * (said - mine)).sum(-1).mean()))
     plain = autoencoding(*random_ids(7), 16, 1)
     with torch.no_grad():
-        got = float(model(**collate(examples), distil=1.0)["loss"])
-        tokens, mixed = (float(model(**collate(examples), distil=d)["loss"]) for d in (0.0, 0.25))
-        alone, beside = (float(model(**collate(rows), distil=1.0)["loss"]) for rows in ([plain], [examples[0], plain]))
+        less = ([dataclasses.replace(e, distil=share) for e in examples] for share in (0.0, 0.25))
+        got, tokens, mixed = (float(model(**collate(rows))["loss"]) for rows in (examples, *less))
+        alone, beside = (float(model(**collate(rows))["loss"]) for rows in ([plain], [examples[0], plain]))
     assert min(by_hand) > 0.01
     assert got == pytest.approx(sum(by_hand) / 2, rel=1e-3)
     assert mixed == pytest.approx(0.75 * tokens + 0.25 * got, rel=1e-4)
     assert beside == pytest.approx((by_hand[0] + alone) / 2, rel=1e-3)
 
 
+@torch.no_grad()
+def test_a_heavy_first_token_counts_as_several(base, kind):
+    model, example = make_icae(base, kind=kind, stirred=0.05), autoencoding(*random_ids(7), 16, 1)
+    (score,) = model.score(model.compress_ids(example.segments), [example])
+    heavy = float(model(**collate([dataclasses.replace(example, first=4.0)]))["loss"])
+    assert heavy == pytest.approx(float(score.nll.sum() + 3 * score.nll[0]) / 11, rel=1e-4)
+
+
 def test_distillation_teaches_the_encoder_and_leaves_no_trace_in_the_base(base, kind):
     model = make_icae(base, kind=kind, stirred=0.05).train()
-    model(**collate([taught(base, *random_ids(4, 9))]), distil=1.0)["loss"].backward()
+    model(**collate([taught(base, *random_ids(4, 9))]))["loss"].backward()
     assert model.encoder.memory.grad.any()
     assert all(p.grad is None for p in base.model.parameters())

@@ -61,11 +61,11 @@ def test_pieces_join_to_the_context():
 
 
 def test_a_teachers_text_is_scored_at_the_same_tokens():
-    taught = replace(instruction(CONTEXT, [31, 32], [41, 42, 1], 64), teacher=[61, 62, 63, 64, 65])
-    other = replace(instruction(CONTEXT, [31], [43, 1], 64), teacher=[66])
+    taught = replace(instruction(CONTEXT, [31, 32], [41, 42, 1], 64), teacher=[61, 62, 63, 64, 65], distil=0.5)
+    other = replace(instruction(CONTEXT, [31], [43, 1], 64), teacher=[66], distil=1.0)
     batch = collate([autoencoding(CONTEXT, 64, None), taught, instruction(CONTEXT, [31], [41], 64), other])
     teacher = batch["teacher"]
-    assert teacher["rows"].tolist() == [1, 3]
+    assert (teacher["rows"].tolist(), teacher["weights"].tolist()) == ([1, 3], [0.5, 1.0])
     assert [ids[real].tolist() for ids, real in zip(teacher["ids"], teacher["real"], strict=True)] == [
         [61, 62, 63, 64, 65, 41, 42, 1],
         [66, 43, 1],
@@ -79,3 +79,9 @@ def test_a_segment_of_two_contexts_is_in_the_batch_once():
     a, b = instruction(CONTEXT, [31], [41], 4), continuation(CONTEXT[:4], [53], 4)
     batch = collate([a, b])
     assert batch["groups"] == [[0, 1], [0]] and batch["lengths"] == [4, 3]
+
+
+def test_the_first_scored_token_may_weigh_more():
+    heavy = replace(continuation(CONTEXT, [21, 22, 23], 64, unscored=1), first=8.0)
+    plain = instruction(CONTEXT, [31], [41, 42], 64)
+    assert collate([heavy, plain])["weights"].tolist() == [[0, 8, 1], [0, 1, 1]]

@@ -18,6 +18,31 @@ def test_cut_by_hand(length, longest, table):
     assert cut(length, longest) == table
 
 
+@pytest.mark.parametrize(
+    ("length", "longest", "ratio", "table"),
+    [
+        (10, 4, 2, [(0, 4), (4, 8), (8, 10)]),
+        (9, 8, 4, [(0, 8), (8, 9)]),
+        (17, 8, 4, [(0, 8), (8, 16), (16, 17)]),
+        (500, 128, 4, [(0, 128), (128, 252), (252, 376), (376, 500)]),
+        (7, 3, 2, [(0, 2), (2, 4), (4, 6), (6, 7)]),
+        (5, 3, 8, [(0, 3), (3, 5)]),
+    ],
+)
+def test_cut_between_blocks_by_hand(length, longest, ratio, table):
+    assert cut(length, longest, ratio) == table
+
+
+@pytest.mark.parametrize(("longest", "ratio"), [(128, 4), (128, 16), (24, 5), (8, 8)])
+def test_blocks_that_are_not_cut_cost_no_slot_more_than_the_ratio_says(longest, ratio):
+    for length in range(1, 400):
+        parts = cut(length, longest, ratio)
+        assert [i for a, b in parts for i in range(a, b)] == list(range(length))
+        sizes = [b - a for a, b in parts]
+        assert max(sizes) <= longest and max(sizes) - min(sizes[:-1], default=0) <= max(ratio, 0 if sizes[:-1] else length)
+        assert sum(slot_count(size, ratio) for size in sizes) == slot_count(length, ratio)
+
+
 @pytest.mark.parametrize("longest", [1, 3, 7, 128])
 def test_cut_covers_everything_once_evenly_in_the_fewest_segments(longest):
     for length in range(1, 300):

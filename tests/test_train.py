@@ -19,6 +19,7 @@ from icae.data import Windows
 from icae.errors import ICAEError
 from icae.model import ICAE
 from icae.objectives import Marker, autoencoding, collate, instruction
+from icae.train import starting_config
 
 CONFIG = {"lora_rank": 4, "lora_alpha": 4, "segment_length": 16}
 RUN = {
@@ -226,6 +227,19 @@ def test_two_processes_train_as_one_at_the_same_global_batch(finished, settings,
 # ---- settings ----
 
 
+def test_a_run_that_goes_on_takes_the_rates_that_it_is_told(settings, config):
+    train(settings, config)
+    folder = train(settings, config, steps=10, learning_rate=0.5, schedule="constant")
+    assert [row["learning_rate"] for row in history(folder) if "loss" in row][-2:] == [0.5, 0.5]
+
+
+def test_an_adapter_goes_on_with_its_own_shape(finished, base, kind):
+    for name, value in {"lora_rank": 8, "marker_length": 1, "lora_targets": ["q_proj"]}.items():
+        with pytest.raises(ICAEError) as error:
+            icae.train.build(TrainConfig(init=str(finished[kind])), starting_config(str(finished[kind]), {name: value}), "cpu")
+        one_line(error.value, f"model.{name} is")
+
+
 def test_each_part_has_its_own_learning_rate(base):
     model = make_icae(base)
     optimizer = icae.train._optimizer(model.adapter_tensors(), TrainConfig(learning_rate=0.1, lora_b_multiplier=4.0, memory_multiplier=0.5))
@@ -306,7 +320,7 @@ def test_a_response_is_learned_from_slots_among_others_with_a_teacher_and_replay
 
 def instruction_of(model, row):
     prompt, response = chat_prompt(model.base.tokenizer, row.prompt), chat_response(model.base.tokenizer, row.response)
-    return instruction(model.base.encode(row.context), prompt, response, model.config.segment_length)
+    return instruction(model.base.encode(row.context), prompt, response, model.config.segment_length, model.config.ratio)
 
 
 def test_fine_tuning_settings_that_cannot_be_are_refused(settings, config, questions):

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 from icae.errors import ICAEError
 
-SEGMENTS = 8
+SEGMENTS = 16
 """Segments a chapter holds, at most."""
 _WINDOW = 4
 """Ids on either side of a cut that its hash is taken over."""

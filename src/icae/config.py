@@ -154,11 +154,15 @@ class TrainConfig(_Config):
     accumulation: int = setting(1, "Backward passes an update.")
     autoencoding_share: float = setting(0.5, "lambda: the share of samples a batch that autoencode; the others continue the text.")
     autoencoding_eos: bool = setting(True, "End the autoencoding target with the tokenizer's EOS.")
+    first_weight: float = setting(1.0, "Weight of the first token of a text that is read back, among its others; it learns last.")
     continuation_length: int = setting(64, "Tokens of a continuation target, at most; never more than the window.")
     recall_share: float = setting(
         0.0, "The share of continuation samples that begin with some tokens of the context and go on as it went on there."
     )
     recall_cue: int = setting(8, "Tokens that such a sample begins with.")
+    continuation_distil: float = setting(
+        0.0, "Weight of the KL to the base's own distribution with the full text, where a text goes on; the text itself has the rest."
+    )
     continuation_unscored: int = setting(0, "First tokens of a continuation that no loss reads.")
     response_length: int = setting(256, "Longest response, in tokens, when fine-tuning; longer ones are cut.")
     context_length: int | None = setting(
@@ -203,9 +207,10 @@ class TrainConfig(_Config):
         _at_least("continuation_length", self.continuation_length, self.continuation_unscored + 1, "some of it must be scored")
         _at_least("autoencoding_share", self.autoencoding_share, 0, "it is a share, 0 to 1")
         _at_least("1 - autoencoding_share", 1 - self.autoencoding_share, 0, "it is a share, 0 to 1")
-        for name in ("pretrain_share", "recall_share", "distil", "distractor_share"):
+        for name in ("pretrain_share", "recall_share", "continuation_distil", "distil", "distractor_share"):
             _at_least(name, getattr(self, name), 0, "it is a share, 0 to 1")
             _at_least(f"1 - {name}", 1 - getattr(self, name), 0, "it is a share, 0 to 1")
+        _at_least("first_weight", self.first_weight, 0, "8 makes up for a text having one first token alone")
         _at_least("recall_cue", self.recall_cue, 1, "8 are seldom found twice")
         _at_least("distractors", self.distractors, 0, "3 make contexts of up to four documents")
         if self.pretrain_share and not self.replay:

@@ -212,9 +212,12 @@ class Windows(Dataset):
         step = index // self.samples_a_step
         length, most = t.window(step)
         chance = np.random.default_rng([t.seed, index])
+        drawn = drawn_ratio(t, step)
+        ratio = drawn or self.config.ratio
         if takes(turn, t.autoencoding_share):
             eos = self.base.tokenizer.eos_token_id if t.autoencoding_eos else None
-            example = autoencoding(self.corpus.window(chance, length), self.config.segment_length, eos)
+            example = autoencoding(self.corpus.window(chance, length), self.config.segment_length, eos, ratio)
+            example = replace(example, first=t.first_weight)
         else:
             segments = int(chance.integers(1, most + 1))
             target = min(t.continuation_length, length)
@@ -223,10 +226,11 @@ class Windows(Dataset):
             piece = min(length, self.config.segment_length)
             if chance.random() < t.recall_share and len(context) > t.recall_cue:
                 begin = int(chance.integers(max(1, len(context) - t.recall_cue - target // 2)))
-                example = recall(context, begin, t.recall_cue, target // 2, piece)
+                example = recall(context, begin, t.recall_cue, target // 2, piece, ratio)
             else:
-                example = continuation(context, following, piece, t.continuation_unscored)
-        return replace(example, ratio=drawn_ratio(t, step))
+                example = continuation(context, following, piece, t.continuation_unscored, ratio)
+            example = replace(example, teacher=context + example.prompt, distil=t.continuation_distil)
+        return replace(example, ratio=drawn)
 
 
 class HeldOut(Dataset):
@@ -234,7 +238,8 @@ class HeldOut(Dataset):
 
     def __init__(self, windows: Windows, samples: int):
         last = windows.train.windows[-1][1:]
-        fixed = windows.train.replace(windows=[[0, *last]], ratios=None, seed=20_240, steps=math.ceil(samples / windows.train.batch_size))
+        steps = math.ceil(samples / windows.train.batch_size)
+        fixed = windows.train.replace(windows=[[0, *last]], ratios=None, first_weight=1.0, seed=20_240, steps=steps)
         self.windows = Windows(windows.corpus, windows.base, windows.config, fixed)
         self.samples = samples
 

@@ -144,13 +144,13 @@ class ICAE(nn.Module):
         text_ids: Tensor,
         real: Tensor,
         scored: Tensor,
+        weights: Tensor,
         ratio: int | None = None,
         teacher: dict[str, Tensor] | None = None,
-        distil: float = 0.0,
     ) -> dict[str, Tensor]:
-        """Return the loss of one batch from `objectives.collate`: the mean over samples of the mean over their scored tokens.
+        """Return the loss of one batch from `objectives.collate`: the mean over samples of the weighted mean over their scored tokens.
 
-        `distil` is the share of a taught sample's loss that compares distributions instead of tokens (see `_divergence`).
+        A share of a taught sample's loss compares distributions instead of tokens (see `_divergence`).
         """
         slots = self._encode(segment_ids, lengths, groups, ratio)
         widths = real.sum(1).tolist()
@@ -160,15 +160,15 @@ class ICAE(nn.Module):
             batch = SlotBatch.pad([slots[b] for b in rows])
             ids, wanted = text_ids[rows, text], scored[rows, text]
             logits, keep = self._target_logits(batch, markers[rows], ids, real[rows, text], wanted)
-            wanted = wanted[:, keep]
+            wanted, weight = wanted[:, keep], weights[rows, text][:, keep]
             nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, keep].flatten(), reduction="none")
-            losses = _means(nll.view(wanted.shape) * wanted, wanted)
-            if teacher is not None and distil:
+            losses = _means(nll.view(wanted.shape) * weight, weight)
+            if teacher is not None:
                 pairs = [(rows.index(b), t) for t, b in enumerate(teacher["rows"].tolist()) if b in rows]
                 if pairs:
                     here, there = (torch.tensor(side, device=ids.device) for side in zip(*pairs, strict=True))
                     taught = self._divergence(logits[here], wanted[here], {name: t[there] for name, t in teacher.items()})
-                    losses = losses.index_copy(0, here, (1 - distil) * losses[here] + distil * taught)
+                    losses = losses.index_copy(0, here, torch.lerp(losses[here], taught, teacher["weights"][there]))
             total = total + losses.sum()
         return {"loss": total / len(widths)}
 
@@ -263,7 +263,7 @@ class ICAE(nn.Module):
             if len(ids) < 2:
                 raise ICAEError(f"a context needs at least two tokens, this one has {len(ids)}; give a longer text")
         self.eval()
-        bounds = [cut(len(ids), self.config.segment_length) for ids in contexts]
+        bounds = [cut(len(ids), self.config.segment_length, ratio) for ids in contexts]
         rows = [ids[a:b] for ids, cuts in zip(contexts, bounds, strict=True) for a, b in cuts]
         origin, made = Origin(**{**self.origin.__dict__, "ratio": ratio}), []
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
@@ -469,6 +469,6 @@ class ICAE(nn.Module):
             )
 
 
-def _means(values: Tensor, wanted: Tensor) -> Tensor:
-    """Return each row's mean over its wanted places; what is not wanted must be 0."""
-    return values.sum(1) / wanted.sum(1).clamp(min=1)
+def _means(values: Tensor, weights: Tensor) -> Tensor:
+    """Return each row's mean: of values times their weights (bool or float), 0 where a row has none."""
+    return values.sum(1) / weights.sum(1).clamp(min=1)

@@ -5,11 +5,11 @@
     recall         slots [LM] cue            -> what follows the cue inside the context (ours)
     instruction    slots [FT] chat prompt    -> the response + the template's end     section 2.3
 
-The prompt and the response come from chat.py. A response may also be learned from what the base itself would say next with the full
-text before it: then the sample carries that text as its `teacher`.
+The prompt and the response come from chat.py. What follows a context, and a response, may also be learned from what the base itself
+would say next with the full text before it: then the sample carries that text as its `teacher`.
 
-The loss of a sample is the mean over its scored target tokens, and that of a batch the mean over its samples, so that a batch cut
-over processes or accumulation steps has the same loss. lambda of the paper is the share of samples that autoencode.
+The loss of a sample is the (weighted) mean over its scored target tokens, and that of a batch the mean over its samples, so that a batch
+cut over processes or accumulation steps has the same loss. lambda of the paper is the share of samples that autoencode.
 """
 
 from __future__ import annotations
@@ -47,36 +47,40 @@ class Example:
     """Compression ratio, the same for all samples of a batch; none: the checkpoint's own."""
     teacher: list[int] = field(default_factory=list)
     """The prompt with the full text in it, for the base alone to read before the target; empty: nobody teaches."""
+    distil: float = 0.0
+    """What the teacher says counts so much of the loss, the target itself the rest."""
+    first: float = 1.0
+    """Weight of the first scored token among the others."""
 
 
-def pieces(context: list[int], segment_length: int) -> list[list[int]]:
-    """Cut context ids into segments."""
-    return [context[a:b] for a, b in cut(len(context), segment_length)]
+def pieces(context: list[int], segment_length: int, ratio: int = 1) -> list[list[int]]:
+    """Cut context ids into segments, between blocks of `ratio`."""
+    return [context[a:b] for a, b in cut(len(context), segment_length, ratio)]
 
 
-def autoencoding(context: list[int], segment_length: int, eos: int | None) -> Example:
+def autoencoding(context: list[int], segment_length: int, eos: int | None, ratio: int = 1) -> Example:
     """Give the text back; ends with `eos` where one is given."""
-    return Example(pieces(context, segment_length), Marker.AE, [], context + ([] if eos is None else [eos]))
+    return Example(pieces(context, segment_length, ratio), Marker.AE, [], context + ([] if eos is None else [eos]))
 
 
-def continuation(context: list[int], following: list[int], segment_length: int, unscored: int = 0) -> Example:
+def continuation(context: list[int], following: list[int], segment_length: int, unscored: int = 0, ratio: int = 1) -> Example:
     """Continue the text with `following`, of which the first `unscored` tokens are read but not scored."""
-    return Example(pieces(context, segment_length), Marker.LM, [], following, unscored)
+    return Example(pieces(context, segment_length, ratio), Marker.LM, [], following, unscored)
 
 
-def recall(context: list[int], begin: int, cue: int, length: int, segment_length: int) -> Example:
+def recall(context: list[int], begin: int, cue: int, length: int, segment_length: int, ratio: int = 1) -> Example:
     """Find `cue` tokens that stand at `begin` in the context, and go on from there for `length` tokens at most.
 
     Text that repeats itself goes on as before, and the base with the full text says so too (induction heads, arXiv 2209.11895): slots
     that are to be asked must be found by what they hold, not only by where they stand, which is all that autoencoding teaches.
     """
     end = begin + cue
-    return Example(pieces(context, segment_length), Marker.LM, context[begin:end], context[end : end + length])
+    return Example(pieces(context, segment_length, ratio), Marker.LM, context[begin:end], context[end : end + length])
 
 
-def instruction(context: list[int], prompt: list[int], response: list[int], segment_length: int) -> Example:
+def instruction(context: list[int], prompt: list[int], response: list[int], segment_length: int, ratio: int = 1) -> Example:
     """Answer a prompt; `prompt` and `response` come from `chat_prompt` and `chat_response`."""
-    return Example(pieces(context, segment_length), Marker.FT, prompt, response)
+    return Example(pieces(context, segment_length, ratio), Marker.FT, prompt, response)
 
 
 def collate(examples: list[Example]) -> dict[str, object]:
@@ -88,12 +92,15 @@ def collate(examples: list[Example]) -> dict[str, object]:
     -------
     dict
         segment_ids (S, L) int64 and lengths (S), all different segments; groups (B), the segments of each context; markers (B);
-        text_ids (B, T) int64, prompt and target; real (B, T) and scored (B, T) bool; ratio. Where samples have a teacher, `teacher`
-        holds their rows (R) and, like the text, ids, real and scored, each (R, U).
+        text_ids (B, T) int64, prompt and target; real (B, T) and scored (B, T) bool, weights (B, T) float32, 0 where not scored; ratio.
+        Where samples have a teacher, `teacher` holds their rows (R), their `distil` as weights (R) and, like the text, ids, real and
+        scored, each (R, U).
     """
     numbers: dict[tuple[int, ...], int] = {}
     groups = [[numbers.setdefault(tuple(segment), len(numbers)) for segment in e.segments] for e in examples]
     text_ids, real, scored = _texts([(e.prompt, e.target, e.unscored) for e in examples])
+    weights = scored.float()
+    weights[torch.arange(len(examples)), scored.int().argmax(1)] *= torch.tensor([e.first for e in examples])
     batch: dict[str, object] = {
         "markers": torch.tensor([int(e.marker) for e in examples]),  # first: Trainer takes its length for the batch's
         "segment_ids": padded([list(segment) for segment in numbers]),
@@ -102,11 +109,13 @@ def collate(examples: list[Example]) -> dict[str, object]:
         "text_ids": text_ids,
         "real": real,
         "scored": scored,
+        "weights": weights,
         "ratio": examples[0].ratio,
     }
-    if rows := [b for b, e in enumerate(examples) if e.teacher]:
+    if rows := [b for b, e in enumerate(examples) if e.teacher and e.distil]:
         ids, real, scored = _texts([(examples[b].teacher, examples[b].target, examples[b].unscored) for b in rows])
-        batch["teacher"] = {"rows": torch.tensor(rows), "ids": ids, "real": real, "scored": scored}
+        share = torch.tensor([examples[b].distil for b in rows])
+        batch["teacher"] = {"rows": torch.tensor(rows), "weights": share, "ids": ids, "real": real, "scored": scored}
     return batch
 
 

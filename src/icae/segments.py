@@ -1,7 +1,7 @@
 """Token counts -> segments and position ids. Pure functions on whole numbers: no torch, no tokenizer, no model.
 
-A context of n tokens is cut into segments of nearly equal length; a segment of L tokens gets k = ceil(L / ratio) memory slots,
-slot i standing for the tokens of block i (`ratio` tokens; the last block may be shorter).
+A context of n tokens is cut into segments of nearly equal length, between blocks of `ratio` tokens; a segment of L tokens gets
+k = ceil(L / ratio) memory slots, slot i standing for the tokens of block i. Only the last block of a context may be shorter.
 
 Two layouts give position ids. With L = 8, ratio = 4:
 
@@ -23,21 +23,27 @@ from dataclasses import dataclass
 from icae.errors import ICAEError
 
 
-def cut(length: int, segment_length: int) -> list[tuple[int, int]]:
-    """Cut `length` tokens into the fewest segments of at most `segment_length`, as even as can be.
+def cut(length: int, segment_length: int, ratio: int = 1) -> list[tuple[int, int]]:
+    """Cut `length` tokens into the fewest segments of at most `segment_length`, as even as whole blocks of `ratio` tokens allow.
+
+    So that the slots of all segments together are no more than ceil(length / ratio). Where a segment is shorter than a block, it is the
+    block.
 
     Returns
     -------
     list of (start, end)
-        Half-open token ranges, in order, without gaps. 10 tokens at most 4 long give (0, 4), (4, 7), (7, 10).
+        Half-open token ranges, in order, without gaps. 10 tokens at most 4 long give (0, 4), (4, 7), (7, 10); in blocks of two
+        (0, 4), (4, 8), (8, 10).
     """
     if length < 1:
         raise ICAEError("the context is empty; give a text of at least one token")
-    count = -(-length // segment_length)
-    short, longer = divmod(length, count)
+    block = min(ratio, segment_length)
+    blocks = -(-length // block)
+    count = -(-blocks // (segment_length // block))
+    short, longer = divmod(blocks, count)
     bounds = [0]
     for i in range(count):
-        bounds.append(bounds[-1] + short + (1 if i < longer else 0))
+        bounds.append(min(length, bounds[-1] + block * (short + (1 if i < longer else 0))))
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 

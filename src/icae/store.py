@@ -157,10 +157,10 @@ class SlotStore:
         todo, fresh = {k: row for k, row in zip(keys, rows, strict=True)}, {}
         for key in self.catalogue.known(todo):
             del todo[key]
-        done, total = 0, sum(len(cut(len(row), length)) for row in todo.values())
+        done, total = 0, sum(len(cut(len(row), length, ratio)) for row in todo.values())
         while True:
             for key, row in todo.items():
-                pieces, made = [row[a:b] for a, b in cut(len(row), length)], []
+                pieces, made = [row[a:b] for a, b in cut(len(row), length, ratio)], []
                 for at in range(0, len(pieces), batch_size):
                     made += model.compress_ids(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
                     done += len(pieces[at : at + batch_size])

@@ -56,7 +56,7 @@ def train(train: TrainConfig, model_config: ICAEConfig, *, resume: bool = True, 
     arguments = make_arguments(train, quiet)
     model = build(train, model_config, str(arguments.device))
     samples, held_out = make_data(train, model.base, model.config, arguments.world_size)
-    return run(Trainee(model, train.distil), train, arguments, samples, held_out, resume=resume)
+    return run(Trainee(model), train, arguments, samples, held_out, resume=resume)
 
 
 def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samples: Any, held_out: Any, *, resume: bool) -> Path:
@@ -103,12 +103,21 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
     """Return the model a run begins with, on its process's device: new, or that of the checkpoint `train.init`."""
     start = None if train.init is None else find_checkpoint(train.init)
     base = load_base(config.base, device=device)
-    if start is not None and base.fingerprint != read_config(start).base_fingerprint:
-        raise ICAEError(f"{start} was trained on another base than {base.name!r}; start from one of its own")
+    if start is not None:
+        known = read_config(start)
+        if base.fingerprint != known.base_fingerprint:
+            raise ICAEError(f"{start} was trained on another base than {base.name!r}; start from one of its own")
+        for name in _SHAPE:
+            if (mine := getattr(config, name)) != (its := getattr(known, name)):
+                raise ICAEError(f"model.{name} is {mine}, but {start} was made with {its}; keep that, or begin without init")
     model = ICAE(base, config)
     if start is not None:
         load_weights(model, start, fresh=("mix", "connector"))  # over an adapter trained without them, both start as nothing
     return model
+
+
+_SHAPE = ("kind", "lora_rank", "lora_targets", "marker_length")
+"""Settings that an adapter cannot go on without: its tensors have that shape."""
 
 
 class Learner(Protocol):
@@ -133,13 +142,13 @@ class Learner(Protocol):
 class Trainee(nn.Module):
     """An ICAE as Trainer sees it: without a `config`, which Trainer takes for one of transformers' own and writes to."""
 
-    def __init__(self, icae: ICAE, distil: float = 0.0):
+    def __init__(self, icae: ICAE):
         super().__init__()
-        self.icae, self.distil = icae, distil
+        self.icae = icae
 
     def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
-        """Return the loss of a batch; a held-out one is of the responses alone, whatever teaches."""
-        return self.icae(**batch, distil=self.distil if self.training else 0.0)
+        """Return the loss of a batch; a held-out one is of the targets alone, whatever teaches."""
+        return self.icae(**(batch if self.training else {**batch, "teacher": None}))
 
     def trained(self) -> dict[str, torch.Tensor]:
         """Return all that is trained, by name."""
@@ -166,6 +175,8 @@ class ICAETrainer(Trainer):
 
     model: Any
     train_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
     context_tokens = 0
     """Context tokens that all processes have compressed, each shared segment once."""
     _before = 0.0
@@ -194,6 +205,16 @@ class ICAETrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.model.save(Path(output_dir or self.args.output_dir or "."))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Take up the optimizer's state, at the learning rates that this run is told."""
+        rates = list(self.lr_scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            factor = self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
+            self.lr_scheduler.base_lrs, self.lr_scheduler._last_lr = rates, [rate * factor for rate in rates]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group |= {"initial_lr": rate, "lr": rate * factor}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load(Path(resume_from_checkpoint))

@@ -230,15 +230,17 @@ class Triples(Dataset):
         t, encode, tokenizer = self.train, self.base.encode, self.base.tokenizer
         prompt = chat_prompt(tokenizer, triple.prompt)
         response = chat_response(tokenizer, triple.response)[: t.response_length]
-        example = instruction(encode(triple.context), prompt, response, self.config.segment_length)
+        drawn = drawn_ratio(t, index // self.samples_a_step)
+        ratio = drawn or self.config.ratio
+        example = instruction(encode(triple.context), prompt, response, self.config.segment_length, ratio)
         room = self.base.max_positions - len(prompt) - len(response) - self.config.marker_length
         teacher: list[int] = []
         if t.distil:
             teacher = chat_prompt(tokenizer, full_text(triple.context, triple.prompt))
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
-        segments = self._among_others(index, triple, example.segments, room)
-        return replace(example, segments=segments, teacher=teacher, ratio=drawn_ratio(t, index // self.samples_a_step))
+        segments = self._among_others(index, triple, example.segments, room, ratio)
+        return replace(example, segments=segments, teacher=teacher, distil=t.distil, ratio=drawn)
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""
@@ -256,7 +258,7 @@ class Triples(Dataset):
             index -= math.floor(index * share)
         raise AssertionError("the last pool takes every index")
 
-    def _among_others(self, index: int, triple: Triple, own: list[list[int]], room: int) -> list[list[int]]:
+    def _among_others(self, index: int, triple: Triple, own: list[list[int]], room: int, ratio: int) -> list[list[int]]:
         """Return a context's segments, for a share of the samples with those of other documents around it, `room` tokens at most."""
         t = self.train
         chance = np.random.default_rng([t.seed, 3, index])
@@ -273,7 +275,7 @@ class Triples(Dataset):
         for context in dict.fromkeys(c for c in others if c != triple.context):
             document = self.base.encode(context)
             if len(documents) < wanted and len(document) <= room:
-                documents.append(pieces(document, self.config.segment_length))
+                documents.append(pieces(document, self.config.segment_length, ratio))
                 room -= len(document)
         documents.insert(int(chance.integers(len(documents) + 1)), own)
         return [segment for document in documents for segment in document]

@@ -64,7 +64,7 @@ def run(
         follows = [w[longest:] for w in part]
         for n in text_lengths:
             add("text", n, from_text(model, [w[longest - n : longest] for w in part], follows), n, 0)
-        cuts = {n: [pieces(w[longest - n : longest], model.config.segment_length) for w in part] for n in lengths}
+        cuts = {n: [pieces(w[longest - n : longest], model.config.segment_length, model.config.ratio) for w in part] for n in lengths}
         once = list(dict.fromkeys(tuple(p) for cut in cuts.values() for row in cut for p in row))  # the shorter contexts' are the longer's
         made = dict(zip(once, model.compress_ids([list(p) for p in once]), strict=True))
         for n in lengths:

@@ -37,7 +37,7 @@ def read_back(
     """Compress texts given as ids, read them back, and score them; `ratio` as for `compress_ids`."""
     ratio = ratio or model.config.ratio
     adapter = model.origin.adapter
-    cuts = [pieces(ids, model.config.segment_length) for ids in texts]
+    cuts = [pieces(ids, model.config.segment_length, ratio) for ids in texts]
     wanted = {tuple(p): None for cut in cuts for p in cut if (adapter, ratio, tuple(p)) not in context.known}
     rows = sorted((list(p) for p in wanted), key=len)
     tick = context.progress(f"segments read back at {ratio}x")
