@@ -18,7 +18,7 @@ def masks(example):
 
 def test_autoencoding_scores_the_whole_context_and_its_end():
     e = autoencoding(CONTEXT, 4, eos=1)
-    assert (e.segments, e.marker) == ([[11, 12, 13, 14], [15, 16, 17]], Marker.AE)
+    assert (e.segments, e.marker) == ([[11, 12, 13], [14, 15, 16, 17]], Marker.AE)
     assert masks(e) == ([*CONTEXT, 1], [1] * 8)
     assert masks(autoencoding(CONTEXT, 4, eos=None)) == (CONTEXT, [1] * 7)
 
@@ -41,10 +41,10 @@ def test_instruction_scores_the_response_and_not_the_prompt():
 
 
 def test_a_batch_holds_each_segment_once_in_order():
-    a, b, c = autoencoding(CONTEXT, 3, 1), continuation([51, 52], [53], 3), instruction(CONTEXT[:4], [31], [41], 3)
+    a, b, c = autoencoding(CONTEXT, 3, 1), continuation([51, 52], [53], 3), instruction(CONTEXT[1:5], [31], [41], 3)
     batch = collate([a, b, c])
     assert batch["groups"] == [[0, 1, 2], [3], [4, 5]]
-    assert batch["lengths"] == [3, 2, 2, 2, 2, 2]
+    assert batch["lengths"] == [2, 2, 3, 2, 2, 2]
     rows = [row[:n].tolist() for row, n in zip(batch["segment_ids"], batch["lengths"], strict=True)]
     assert rows == a.segments + b.segments + c.segments
     assert batch["markers"].tolist() == [0, 1, 2]
@@ -57,7 +57,7 @@ def test_padding_is_on_the_right():
 
 
 def test_pieces_join_to_the_context():
-    assert pieces(CONTEXT, 3) == [[11, 12, 13], [14, 15], [16, 17]]
+    assert pieces(CONTEXT, 3) == [[11, 12], [13, 14], [15, 16, 17]]
 
 
 def test_a_teachers_text_is_scored_at_the_same_tokens():
@@ -76,9 +76,9 @@ def test_a_teachers_text_is_scored_at_the_same_tokens():
 
 
 def test_a_segment_of_two_contexts_is_in_the_batch_once():
-    a, b = instruction(CONTEXT, [31], [41], 4), continuation(CONTEXT[:4], [53], 4)
+    a, b = instruction(CONTEXT, [31], [41], 4), continuation(CONTEXT[:3], [53], 4)
     batch = collate([a, b])
-    assert batch["groups"] == [[0, 1], [0]] and batch["lengths"] == [4, 3]
+    assert batch["groups"] == [[0, 1], [0]] and batch["lengths"] == [3, 4]
 
 
 def test_the_first_scored_token_may_weigh_more():

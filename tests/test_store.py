@@ -31,7 +31,7 @@ class Fake:
         self.origin = Origin("embedding", 4, "spread", "fake", "f" * 64, adapter * 64)
         self.compressed = 0
 
-    def compress_ids(self, contexts, *, ratio=None, batch_size=8):
+    def compress_segments(self, contexts, *, ratio=None, batch_size=8):
         made = []
         for ids in contexts:
             self.compressed += len(ids)
@@ -70,7 +70,7 @@ def test_chapters_cover_the_text_and_keep_their_bounds():
 
 def test_chapters_of_one_repeated_token_end_and_keep_their_bounds():
     cuts = chapters([7] * 20_000, 8)
-    assert cuts[-1][1] == 20_000 and all(16 <= b - a <= 64 for a, b in cuts)
+    assert cuts[-1][1] == 20_000 and all(32 <= b - a <= 128 for a, b in cuts)
 
 
 def test_cuts_fall_behind_paragraphs():
@@ -85,7 +85,7 @@ def test_cuts_fall_behind_paragraphs():
 def test_an_edit_changes_few_chapters(change):
     ids = random_ids(8000)[0]
     before = {tuple(ids[a:b]) for a, b in chapters(ids, 16)}
-    assert len(before) > 60
+    assert len(before) > 40
     costs = []
     for at in range(100, 8000, 790):
         edited = ids[:at] + {"replace": [5, 6], "insert": [5, 6, 7, 8, 9] + ids[at : at + 2], "delete": []}[change] + ids[at + 2 :]
@@ -131,7 +131,7 @@ def test_chapters_of_a_long_context_join_as_concatenated_slots(base, kind, tmp_p
 def test_adding_again_compresses_nothing_and_an_edit_little(store):
     fake, text = Fake(), text_of(0, 3000)
     first = store.add(fake, text, "a")
-    assert first.fresh == first.entry.chapters > 40 and fake.compressed == 3000
+    assert first.fresh == first.entry.chapters > 30 and fake.compressed == 3000
     assert store.add(fake, text, "a").fresh == 0
     again = store.add(fake, text, "b")
     assert again.fresh == 0 and again.entry.entry == first.entry.entry and again.entry.id != first.entry.id
@@ -307,7 +307,7 @@ def test_gc_clears_what_dead_writers_left_but_not_what_is_being_written(store):
 
 @pytest.mark.parametrize("dtype, size, error", [("float32", 4, 0), ("float16", 2, 1e-3), ("bfloat16", 2, 1e-2), ("int8", 1, 1e-2)])
 def test_dtypes_cost_what_they_say(dtype, size, error):
-    slots = Fake().compress_ids([list(range(40, 80))], ratio=1)[0]
+    slots = Fake().compress_segments([list(range(40, 80))], ratio=1)[0]
     slots = MemorySlots({"embeddings": torch.randn(40, 256)}, slots.positions, slots.segments, slots.origin)
     packed = pack(slots, list(range(40, 80)), dtype)
     assert packed.tensors["embeddings"].element_size() == size

@@ -262,9 +262,23 @@ class ICAE(nn.Module):
         for ids in contexts:
             if len(ids) < 2:
                 raise ICAEError(f"a context needs at least two tokens, this one has {len(ids)}; give a longer text")
-        self.eval()
         bounds = [cut(len(ids), self.config.segment_length, ratio) for ids in contexts]
         rows = [ids[a:b] for ids, cuts in zip(contexts, bounds, strict=True) for a, b in cuts]
+        made = iter(self.compress_segments(rows, ratio=ratio, batch_size=batch_size, progress=progress))
+        return [MemorySlots.concatenate([next(made) for _ in cuts]) for cuts in bounds]
+
+    @torch.no_grad()
+    def compress_segments(
+        self,
+        rows: Sequence[list[int]],
+        *,
+        ratio: int | None = None,
+        batch_size: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[MemorySlots]:
+        """Compress segments given as token ids, each of one token or more, as they are; parameters as for `compress_ids`."""
+        self.eval()
+        ratio = self.config.ratio if ratio is None else ratio
         origin, made = Origin(**{**self.origin.__dict__, "ratio": ratio}), []
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
         for at in range(0, len(rows), batch_size):
@@ -273,8 +287,7 @@ class ICAE(nn.Module):
             if progress is not None:
                 progress(len(made), len(rows))
         back = dict(zip(order, made, strict=True))
-        numbers = iter(range(len(rows)))
-        return [MemorySlots.concatenate([back[next(numbers)] for _ in cuts]) for cuts in bounds]
+        return [back[i] for i in range(len(rows))]
 
     # ---- reading slots ----
 

@@ -26,14 +26,14 @@ from icae.errors import ICAEError
 def cut(length: int, segment_length: int, ratio: int = 1) -> list[tuple[int, int]]:
     """Cut `length` tokens into the fewest segments of at most `segment_length`, as even as whole blocks of `ratio` tokens allow.
 
-    So that the slots of all segments together are no more than ceil(length / ratio). Where a segment is shorter than a block, it is the
-    block.
+    So that the slots of all segments together are no more than ceil(length / ratio). The last segments, one of which ends with the block
+    that may be shorter, are the longer ones. Where a segment is shorter than a block, it is the block.
 
     Returns
     -------
     list of (start, end)
-        Half-open token ranges, in order, without gaps. 10 tokens at most 4 long give (0, 4), (4, 7), (7, 10); in blocks of two
-        (0, 4), (4, 8), (8, 10).
+        Half-open token ranges, in order, without gaps. 10 tokens at most 4 long give (0, 3), (3, 6), (6, 10); in blocks of two
+        (0, 2), (2, 6), (6, 10).
     """
     if length < 1:
         raise ICAEError("the context is empty; give a text of at least one token")
@@ -43,7 +43,7 @@ def cut(length: int, segment_length: int, ratio: int = 1) -> list[tuple[int, int
     short, longer = divmod(blocks, count)
     bounds = [0]
     for i in range(count):
-        bounds.append(min(length, bounds[-1] + block * (short + (1 if i < longer else 0))))
+        bounds.append(min(length, bounds[-1] + block * (short + (1 if i >= count - longer else 0))))
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 

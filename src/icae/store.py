@@ -43,8 +43,8 @@ class Compressor(Protocol):
     def origin(self) -> Origin:
         """Who makes the slots."""
 
-    def compress_ids(self, contexts: Any, *, ratio: int | None = None, batch_size: int = 8) -> list[MemorySlots]:
-        """Compress contexts of token ids."""
+    def compress_segments(self, rows: Any, *, ratio: int | None = None, batch_size: int = 8) -> list[MemorySlots]:
+        """Compress segments of token ids, each alone."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class SlotStore:
             for key, row in todo.items():
                 pieces, made = [row[a:b] for a, b in cut(len(row), length, ratio)], []
                 for at in range(0, len(pieces), batch_size):
-                    made += model.compress_ids(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
+                    made += model.compress_segments(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
                     done += len(pieces[at : at + batch_size])
                     yield done, max(done, total)
                 slots = MemorySlots.concatenate(made)

@@ -43,7 +43,7 @@ def read_back(
     tick = context.progress(f"segments read back at {ratio}x")
     for at in range(0, len(rows), batch_size):
         part = rows[at : at + batch_size]
-        slots = model.compress_ids(part, ratio=ratio)
+        slots = model.compress_segments(part, ratio=ratio)
         made = model.reconstruct_ids(slots, batch_size=batch_size)
         scores = [
             s
