@@ -115,6 +115,8 @@ def _drive(server: Served, one: Callable, requests: int, clients: int, seed: int
                 except Exception as error:  # whatever it was: the client has no answer
                     kind, outcome = "failed", "lost"
                     print(f"lost: {type(error).__name__}: {error}", flush=True)
+                if outcome == "wrong":
+                    print(f"wrong: {kind}, request {number}", flush=True)
                 with lock:
                     kinds[kind] += 1
                     outcomes[outcome] += 1
