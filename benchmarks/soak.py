@@ -64,18 +64,18 @@ def soak(server: Served, texts: dict[str, str], questions: list[str], *, request
             stream(client, body, leave=True)
             return "cancelled", "left"
         if draw < 0.20:
-            return "completion", "right" if _complete(client, id, limit) == going_on[id] else "wrong"
+            return "completion", _judge(_complete(client, id, limit), going_on[id])
         if draw < 0.28:
             body = chat({"text": texts[id]}, question, limit)
-            return "text on the way", "right" if ask(client, body) == due[id, question] else "wrong"
+            return "text on the way", _judge(ask(client, body), due[id, question])
         if draw < 0.36:
             return "context", "right" if _comes_and_goes(client, mark) else "wrong"
         if draw < 0.42:
             listed = {c["id"] for c in client.get("/v1/contexts").raise_for_status().json()["data"]}
             return "list", "right" if set(texts) <= listed else "wrong"
         if draw < 0.70:
-            return "stream", "right" if stream(client, body).text == due[id, question] else "wrong"
-        return "chat", "right" if ask(client, body) == due[id, question] else "wrong"
+            return "stream", _judge(stream(client, body).text, due[id, question])
+        return "chat", _judge(ask(client, body), due[id, question])
 
     _drive(server, one, requests // 5, clients, seed=1)
     before = _settled(server)
@@ -127,6 +127,13 @@ def _drive(server: Served, one: Callable, requests: int, clients: int, seed: int
     for thread in threads:
         thread.join()
     return kinds, outcomes
+
+
+def _judge(got: str, due: str) -> str:
+    if got == due:
+        return "right"
+    print(f"wrong: {got!r} instead of {due!r}", flush=True)
+    return "wrong"
 
 
 def _complete(client: httpx.Client, id: str, limit: int) -> str:

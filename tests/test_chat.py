@@ -1,10 +1,12 @@
 """Chat templates of four families, on the tests' tokenizer with each family's own special tokens."""
 
+import threading
+
 import pytest
 from tiny import TEMPLATE, make_tokenizer, one_line
 from tokenizers import AddedToken
 
-from icae.chat import CUT, chat_prompt, chat_response, encode, end_of_turn, render
+from icae.chat import CUT, chat_prompt, chat_response, encode, end_of_turn, render, tokenize
 from icae.errors import ICAEError
 
 LLAMA = (
@@ -168,3 +170,23 @@ def test_a_response_ends_with_the_tokenizers_eos():
     tokenizer = make_tokenizer()
     ids = chat_response(tokenizer, "Nine letters.")
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "Nine letters."
+
+
+def test_threads_do_not_disturb_one_another_s_special_tokens():
+    tokenizer = make_tokenizer()
+    due, wrong, over = tokenize(tokenizer, "a</s>b", special=True), [], threading.Event()
+    assert 1 in due and 1 not in tokenize(tokenizer, "a</s>b", special=False)
+
+    def disturb():
+        while not over.is_set():
+            tokenize(tokenizer, "a</s>b", special=False)
+
+    others = [threading.Thread(target=disturb) for _ in range(3)]
+    for other in others:
+        other.start()
+    for _ in range(2000):
+        wrong += [ids for ids in [tokenize(tokenizer, "a</s>b", special=True)] if ids != due]
+    over.set()
+    for other in others:
+        other.join()
+    assert not wrong

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icae.chat import end_of_turn
+from icae.chat import end_of_turn, tokenize
 from icae.errors import ICAEError
 
 EMBEDDED = "smollm2-135m"
@@ -90,7 +90,7 @@ class Base:
 
     def encode(self, text: str) -> list[int]:
         """Tokenise `text` without special tokens; what looks like one in the text stays ordinary characters."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return tokenize(self.tokenizer, text, special=False)
 
     @property
     def lead(self) -> list[int]:

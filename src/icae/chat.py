@@ -9,6 +9,7 @@ inside that text, and the pieces are tokenised apart. All other prompts get exac
 from __future__ import annotations
 
 import re
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,19 @@ from icae.errors import ICAEError
 
 CUT = "\ufdd0"
 """Stands where a rendered chat is tokenised in two: a noncharacter of Unicode, taken out of what users write."""
+
+
+_turns = threading.Lock()
+
+
+def tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Return the ids of a text, with no BOS or EOS put around it.
+
+    With `special`, what looks like a special token becomes one; without, it stays ordinary characters. transformers keeps this choice
+    as a state of the tokenizer, so threads take turns: else one's prompt is now and then cut by another's choice.
+    """
+    with _turns:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 
 
 def full_text(text: str, prompt: str) -> str:
@@ -38,8 +52,7 @@ def chat_prompt(tokenizer: Any, prompt: str, history: list[dict[str, str]] | Non
 
 def chat_response(tokenizer: Any, response: str) -> list[int]:
     """Return the ids of a response, with what ends it in the template."""
-    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, end_of_turn(tokenizer)]
+    return [*tokenize(tokenizer, response, special=False), end_of_turn(tokenizer)]
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -56,7 +69,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of rendered chat text, of which every piece between cuts is tokenised alone."""
-    return [i for piece in text.split(CUT) if piece for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    return [i for piece in text.split(CUT) if piece for i in tokenize(tokenizer, piece, special=True)]
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -74,7 +87,7 @@ def _end_of_turn(tokenizer: Any, template: str) -> int | None:
     except ICAEError:
         return None
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if i in special), None)
+    return next((i for i in tokenize(tokenizer, behind, special=True) if i in special), None)
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], *, opens: bool = True) -> str:
