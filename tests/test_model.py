@@ -7,7 +7,7 @@ from tiny import LINES, assert_same_slots, base_logits, make_icae, one_line, ran
 
 from icae.chat import chat_prompt
 from icae.errors import ICAEError
-from icae.model import Sampling
+from icae.model import GREEDY, Sampling
 from icae.objectives import Marker, autoencoding, collate, continuation, instruction
 from icae.slots import MemorySlots, SlotBatch
 
@@ -223,6 +223,17 @@ def test_streams_say_what_the_whole_calls_say(base, kind):
     pieces = list(model.stream_continuation(slots, max_new_tokens=12))
     assert len(pieces) > 3 and "".join(pieces) == model.continue_text(slots, max_new_tokens=12)
     assert "".join(model.stream_answer(slots, "Who?", max_new_tokens=12)).strip() == model.answer(slots, "Who?", max_new_tokens=12)
+
+
+def test_a_continuation_goes_on_where_the_base_takes_the_text_for_finished(base, kind, monkeypatch):
+    model = make_icae(base, kind=kind, stirred=0.1)
+    (slots,) = compress(model, 40)
+    first = next(model._ids(slots, [], Marker.LM, 1, GREEDY))
+    monkeypatch.setattr(type(base), "eos_ids", [first])
+    assert list(model.stream_continuation(slots, max_new_tokens=7, may_end=True)) == []
+    made = list(model._ids(slots, [], Marker.LM, 7, GREEDY, 7))
+    assert len(made) == 7 and first not in made
+    assert model.continue_text(slots, max_new_tokens=7) == base.decode(made)
 
 
 def test_streamed_pieces_never_end_inside_a_character(base, monkeypatch):

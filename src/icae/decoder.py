@@ -68,6 +68,7 @@ class Decoder:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: list[int] | None = None,
+        min_new_tokens: int = 0,
     ) -> Iterator[list[int | None]]:
         """Generate row by row together, a token at a time.
 
@@ -81,6 +82,8 @@ class Decoder:
             0: the likeliest token; else sampled among the likeliest that together reach `top_p`.
         stop : list of int, optional
             Ids that end a row (they are not yielded); none: the base's own.
+        min_new_tokens : int
+            No row ends before it has as many.
 
         Yields
         ------
@@ -99,6 +102,8 @@ class Decoder:
         order = list(range(len(alive)))  # the row that stands at each place of the cache
         made = 0
         while True:
+            if made < min_new_tokens:
+                logits[:, list(ends)] = -torch.inf
             ids = choose(logits, temperature, top_p, chance)
             made += 1
             step: list[int | None] = [None] * len(alive)

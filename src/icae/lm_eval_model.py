@@ -159,7 +159,7 @@ class IcaeLM(TemplateLM):
         slots = self.model.compress_ids([head], ratio=self.ratio)[0] if head else None
         text = ""
         begun = tail if head else self._led(tail)
-        for piece in self.model.stream_continuation(slots, begun=begun, max_new_tokens=limit):
+        for piece in self.model.stream_continuation(slots, begun=begun, max_new_tokens=limit, may_end=True):
             text += piece
             for stop in stops:
                 if stop and stop in text:

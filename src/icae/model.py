@@ -310,7 +310,7 @@ class ICAE(nn.Module):
         return [[i for _ in s.segments for i in next(numbers)] for s in slots]
 
     def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:
-        """Continue the text that the slots stand for."""
+        """Continue the text that the slots stand for, by `max_new_tokens`."""
         return "".join(self.stream_continuation(slots, max_new_tokens=max_new_tokens, sampling=sampling))
 
     def answer(self, slots: MemorySlots | None, prompt: str, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> str:
@@ -335,13 +335,21 @@ class ICAE(nn.Module):
         return self._pieces(i for part in slots.split() for i in self._ids(part, [], Marker.AE, part.tokens, GREEDY))
 
     def stream_continuation(
-        self, slots: MemorySlots | None, *, begun: Sequence[int] = (), max_new_tokens: int = 128, sampling: Sampling = GREEDY
+        self,
+        slots: MemorySlots | None,
+        *,
+        begun: Sequence[int] = (),
+        max_new_tokens: int = 128,
+        may_end: bool = False,
+        sampling: Sampling = GREEDY,
     ) -> Iterator[str]:
         """Return a continuation piece by piece; what is wrong is raised at once.
 
-        `begun` are ids that already follow the slots' text; without slots they are all that the base reads.
+        `begun` are ids that already follow the slots' text; without slots they are all that the base reads. Unless it `may_end`, the
+        text goes on for `max_new_tokens`, as in training: a chat model would take many a text for finished.
         """
-        return self._stream(slots, list(begun), None if slots is None else Marker.LM, max_new_tokens, sampling)
+        least = 0 if may_end else max_new_tokens
+        return self._stream(slots, list(begun), None if slots is None else Marker.LM, max_new_tokens, sampling, least)
 
     def stream_answer(
         self,
@@ -356,15 +364,19 @@ class ICAE(nn.Module):
         marker = None if slots is None else Marker.FT
         return self._stream(slots, chat_prompt(self.base.tokenizer, prompt, history), marker, max_new_tokens, sampling)
 
-    def _stream(self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling) -> Iterator[str]:
+    def _stream(
+        self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling, least: int = 0
+    ) -> Iterator[str]:
         """Check now, and return what is generated for one row, as text."""
         if slots is not None:
             self.check(slots)
-        return self._pieces(self._ids(slots, prompt, marker, limit, sampling))
+        return self._pieces(self._ids(slots, prompt, marker, limit, sampling, least))
 
-    def _ids(self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling) -> Iterator[int]:
+    def _ids(
+        self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling, least: int = 0
+    ) -> Iterator[int]:
         """Yield what is generated for one row, as ids."""
-        for (new,) in self._generate(None if slots is None else [slots], [prompt], marker, [limit], sampling):
+        for (new,) in self._generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least):
             if new is None:
                 return
             yield new
@@ -399,6 +411,7 @@ class ICAE(nn.Module):
         marker: Marker | None,
         limits: list[int],
         sampling: Sampling,
+        least: int = 0,
     ) -> Iterator[list[int | None]]:
         """Read slots, marker and prompts, then generate; without a marker, the prompts alone, as the base reads them."""
         for s in slots or []:
@@ -423,6 +436,7 @@ class ICAE(nn.Module):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
+            min_new_tokens=least,
         )
 
     @torch.no_grad()
