@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from icae.base import Base, load_base
+from icae.terminal import lent
 
 _HOME = os.environ.get("ICAE_HOME")
 
@@ -37,6 +38,13 @@ def home_of_this_test(request, temporary_home):
     _set_home(_HOME if request.node.get_closest_marker("real") else temporary_home)
     yield
     _set_home(temporary_home)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_lent():
+    """Commands that a test runs without cli.main leave torch as it was."""
+    yield
+    lent.close()
 
 
 @pytest.fixture

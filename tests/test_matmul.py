@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import icae.matmul
-from icae.matmul import fast_linear, product
+from icae.matmul import fast_linear, numpy_is_faster, product
 
 
 @pytest.fixture(params=[True, False], ids=["numpy", "torch"])
@@ -59,6 +59,19 @@ def test_torchs_product_is_back_afterwards_even_after_an_error(numpy_side):
         assert (nn.functional.linear is original) is not numpy_side
         raise ZeroDivisionError
     assert nn.functional.linear is original
+
+
+def test_torch_has_one_thread_while_numpy_has_the_products(numpy_side):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with fast_linear():
+            assert torch.get_num_threads() == (1 if numpy_side else 3)
+        assert torch.get_num_threads() == 3
+        numpy_is_faster.__wrapped__()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_numpys_product_is_the_product():

@@ -53,10 +53,11 @@ def model(base, kind):
     return make_icae(base, kind=kind, stirred=0.05)
 
 
-def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch):
+@pytest.mark.parametrize("guesses", [0, 3])
+def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch, guesses):
     monkeypatch.setattr(batch_room, "PREFILL", 7)
     asked = requests(model, 14)
-    batch, waiting, rows, steps = Batch(model), list(range(14)), {}, 0
+    batch, waiting, rows, steps = Batch(model, guesses), list(range(14)), {}, 0
     while waiting or batch.rows:
         if waiting and (steps % 3 == 0 or not batch.rows):
             i = waiting.pop(0)
@@ -131,6 +132,79 @@ def test_reading_a_prompt_leaves_its_prefix_as_it_was(model):
         batch.join(row)
     batch.step()
     assert made[0].ids == made[1].ids and all(map(torch.equal, before, (t for pair in prefix.layers for t in pair)))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7, 0.9, seed=5)])
+@pytest.mark.parametrize("wrong", [0, 1, 3, 9])
+def test_guesses_change_no_answer_and_save_steps_where_they_are_right(model, monkeypatch, sampling, wrong):
+    """Of the guesses of each step, the one at place `wrong` is."""
+    ids, slots = random_ids(5)[0], model.compress_ids(random_ids(40))[0]
+    due, steps = alone(model, ids, slots, 40, sampling), 0
+    batch, row = Batch(model, 4), finish(begin(model, ids, slots, 40, sampling))
+
+    def guess(row, most):
+        n = len(row.ids)
+        return [i if at != wrong else (i + 1) % 300 for at, i in enumerate(due[n : min(n + most, row.limit - 1)])]
+
+    monkeypatch.setattr(batch_room.Row, "guess", guess)
+    batch.join(row)
+    while row.finished is None:
+        batch.step()
+        steps += 1
+        assert batch.layers[0].keys.shape[2] <= slots.count + 2 + 5 + 40
+    assert row.ids == due
+    assert steps == -(-(len(due) - 1) // (1 + min(wrong, 4))) + (row.finished == "stop" and not (len(due) - 1) % (1 + min(wrong, 4)))
+
+
+def test_guesses_are_what_came_next_before(model):
+    row = finish(begin(model, [5, 6, 7, 8, 5, 9], limit=30))
+    row.prompt, row.ids = [1, 2, 3, 4, 5, 9, 2, 3], [6, 5, 9]
+    assert row.guess(3) == [2, 3, 6] and row.guess(0) == []
+    row.ids = [1, 2, 3]
+    assert row.guess(2) == [4, 5]  # three ids in a row count more than two that came later
+    row.ids = [9, 9]
+    assert row.guess(3) == []
+    row.ids, row.limit = [1, 2], 4
+    assert row.guess(3) == [3]  # one more is chosen after it
+
+
+def counted(model, monkeypatch, work):
+    """A finished generation's row, and how many input embeddings the base read for it."""
+    read, forward = [], model.base.model.forward
+    monkeypatch.setattr(model.base.model, "forward", lambda **kw: (read.append(kw["inputs_embeds"].shape[1]), forward(**kw))[1])
+    row = finish(work)
+    monkeypatch.setattr(model.base.model, "forward", forward)
+    return row, sum(read)
+
+
+def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, monkeypatch):
+    slots, lead = model.compress_ids(random_ids(40))[0], model.config.marker_length
+    first, other = random_ids(20)[0], random_ids(20)[0][:12] + random_ids(7, seed=2)[0]
+    prefixes = Prefixes(model, 1 << 30)
+
+    def ask(ids, marker=Marker.FT):
+        prefix = prefixes.get("x") or prefixes.put("x", slots)
+        prompt = model.base.embed(torch.tensor(ids))
+        row, read = counted(model, monkeypatch, prefill(model, prefix, marker, prompt, 12, GREEDY, ids))
+        logits = row.logits
+        prefixes.follow("x", prefix, marker, ids, row)
+        assert prefixes.bytes == prefixes.kept["x"].bytes
+        torch.testing.assert_close(logits, finish(begin(model, ids, slots, marker=marker)).logits, atol=1e-4, rtol=0)
+        return read
+
+    assert ask(first) == lead + 20
+    assert ask(other) == 7
+    assert ask(other) == 1
+    assert ask(first) == 8
+    assert ask(first, Marker.LM) == lead + 20
+    prefixes.drop("x")
+    prefix = prefixes.put("y", slots)
+    row = finish(prefill(model, prefix, Marker.FT, model.base.embed(torch.tensor(first)), 12, GREEDY, first))
+    prefixes.follow("x", prefix, Marker.FT, first, row)  # was dropped meanwhile
+    assert list(prefixes.kept) == ["y"]
+    monkeypatch.setattr(batch_room, "FOLLOWED", 5)
+    prefixes.follow("y", prefix, Marker.FT, first, row)
+    assert prefixes.kept["y"].layers[0][0].shape[2] == slots.count + lead + 5 and prefixes.kept["y"].read == tuple(first[:5])
 
 
 # ---- the thread ----

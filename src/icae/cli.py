@@ -332,7 +332,6 @@ def _stream(pieces: Iterator[str]) -> None:
 
 def main() -> None:
     """Run the command line; what a user can mend ends in one line on standard error and exit code 2."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads of torch's pool must not take the cores from numpy's
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     try:

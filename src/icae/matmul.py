@@ -1,8 +1,11 @@
 """Faster float32 matrix products on CPUs where the BLAS inside torch is slow.
 
 torch's wheels carry MKL, which on AMD processors reaches about half of what the OpenBLAS inside numpy's wheels does at the sizes met
-here (benchmarks/matmul.py measures both). `fast_linear` lends numpy's product to every `nn.Linear` while it is open, forward and
-backward; elsewhere (accelerators, other dtypes) torch's own is used. It knows nothing of models.
+here, on others none less (benchmarks/matmul.py measures both). `fast_linear` lends numpy's product to every `nn.Linear` while it is
+open, forward and backward; elsewhere (accelerators, other dtypes) torch's own is used. It knows nothing of models.
+
+Both libraries have threads of their own, which spin for some milliseconds after each piece of work: where both have several, each
+waits for the other's, and all becomes several times slower. So torch has one thread while numpy has the products.
 """
 
 from __future__ import annotations
@@ -24,34 +27,43 @@ def fast_linear() -> Iterator[bool]:
     if not numpy_is_faster():
         yield False
         return
-    original = torch.nn.functional.linear
+    original, threads = torch.nn.functional.linear, torch.get_num_threads()
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if not plain:
             return original(x, weight, bias)
-        y = _Linear.apply(x, weight)
+        y = _Linear.apply(x, weight) if torch.is_grad_enabled() else _forward(x, weight)
         return y if bias is None else y + bias
 
     torch.nn.functional.linear = linear  # type: ignore[assignment]
+    torch.set_num_threads(1)
     try:
         yield True
     finally:
         torch.nn.functional.linear = original
+        torch.set_num_threads(threads)
 
 
 @cache
 def numpy_is_faster() -> bool:
-    """Time both once on this machine, alternating (about 50 ms); a tie goes to torch."""
-    x, w = torch.randn(160, 576), torch.randn(1536, 576)
-    seconds: dict[str, list[float]] = {"torch": [], "numpy": []}
-    sides: dict[str, Callable[[], Any]] = {"torch": lambda: x @ w.t(), "numpy": lambda: product(x, w.t())}
-    for _ in range(12):
-        for name, side in sides.items():
+    """Time both once on this machine, each with what torch does between two products (about 100 ms); a tie goes to torch."""
+    x, w, threads = torch.randn(160, 576), torch.randn(1536, 576), torch.get_num_threads()
+    sides: dict[str, tuple[int, Callable[[], Tensor]]] = {
+        "torch": (threads, lambda: x @ w.t()),
+        "numpy": (1, lambda: product(x, w.t())),
+    }
+    seconds: dict[str, float] = {}
+    for name, (own, side) in sides.items():
+        torch.set_num_threads(own)
+        times = []
+        for _ in range(13):
             begin = time.perf_counter()
-            side()
-            seconds[name].append(time.perf_counter() - begin)
-    return float(np.median(seconds["numpy"])) < 0.9 * float(np.median(seconds["torch"]))
+            torch.nn.functional.silu(side())
+            times.append(time.perf_counter() - begin)
+        seconds[name] = float(np.median(times[3:]))  # the first ones still meet the other side's threads
+    torch.set_num_threads(threads)
+    return seconds["numpy"] < 0.9 * seconds["torch"]
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -61,15 +73,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x (..., in) times weight (out, in), transposed."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return product(rows, weight.detach().t()).view(*x.shape[:-1], weight.shape[0])
+
+
 class _Linear(torch.autograd.Function):
-    """x (..., in) times weight (out, in), transposed; no product is made for what needs no gradient."""
+    """`_forward` with gradients; no product is made for what needs none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        rows = x.detach().reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        ctx.save_for_backward(x.detach().reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None, weight)
         ctx.shape = x.shape
-        return product(rows, weight.detach().t()).view(*x.shape[:-1], weight.shape[0])
+        return _forward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -24,7 +24,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Decides which samples are dra
 
 
 lent = ExitStack()
-"""What commands borrowed until they end: cli.main gives it back."""
+"""What a command borrowed until it ends: cli.main gives it back, or the next command of this process."""
 
 
 def load_model(model: str | None, base: str | None, device: str) -> ICAE:
@@ -32,6 +32,7 @@ def load_model(model: str | None, base: str | None, device: str) -> ICAE:
     from icae.matmul import fast_linear
     from icae.model import ICAE
 
+    lent.close()
     lent.enter_context(fast_linear())
     return ICAE.from_pretrained(model, base=base, device=device)
 

@@ -14,8 +14,8 @@ Position ids are each row's own. Shape legend: R rows, H key-value heads, C colu
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ from icae.slots import MemorySlots, SlotBatch
 PREFILL = 128
 """Prompt tokens read at once, between two steps of the others."""
 
+FOLLOWED = 512
+"""Tokens of the prompt read last that are kept with a context, at most."""
+
+GUESSED_FROM = (3, 2)
+"""Last tokens that must have come before for what came after them to be guessed again, tried in this order."""
+
 
 @dataclass
 class Row:
@@ -47,6 +53,8 @@ class Row:
     sampling: Sampling
     logits: Tensor
     """(1, V): what follows what it has read."""
+    prompt: Sequence[int] = ()
+    """Ids that it has read, as far as they are known: what it says next is guessed from them, too."""
     ids: list[int] = field(default_factory=list)
     """Generated so far, without the one that ends it."""
     finished: str | None = None
@@ -68,23 +76,48 @@ class Row:
         if len(self.ids) >= self.limit:
             self.finished = "length"
 
+    def guess(self, most: int) -> list[int]:
+        """Guess the next ids, `most` at most: what came next when the last ones came before, in the prompt or in what was generated.
+
+        After arXiv 2304.04487 (LLMA), whose reference text is here the prompt; in transformers it is called prompt lookup decoding.
+        """
+        most, said = min(most, self.limit - len(self.ids) - 1), [*self.prompt, *self.ids]
+        for n in GUESSED_FROM:
+            for at in range(len(said) - n - 1, -1, -1) if most > 0 else ():
+                if said[at : at + n] == said[-n:]:
+                    return said[at + n : at + n + most]
+        return []
+
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of a context, ready to be asked."""
+    """Keys and values of a context, ready to be asked, and of the prompt that was read after it last.
+
+    What a prompt has in common with that one, such as the template's system turn or a chat's earlier turns, is not read again.
+    """
 
     layers: list[tuple[Tensor, Tensor]]
-    """Keys and values of each layer, (1, H, k, S)."""
+    """Keys and values of each layer, (1, H, k + marker + prompt, S)."""
     span: int
-    """Position id of what comes after."""
+    """Position id of what comes after the context."""
     tokens: int
     """Context tokens it stands for."""
     slots: int
+    marker: Marker | None = None
+    """Stood before the prompt that was read last; none: no prompt was."""
+    read: tuple[int, ...] = ()
+    """Ids of that prompt."""
 
     @property
     def bytes(self) -> int:
         """Memory it takes."""
         return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+
+    def common(self, marker: Marker | None, lead: int, ids: Sequence[int]) -> int:
+        """Count the columns behind the slots that a prompt's ids, after a marker of `lead` vectors, have in common with the last one's."""
+        if marker is None or marker is not self.marker:
+            return 0
+        return lead + next((i for i, (a, b) in enumerate(zip(self.read, ids, strict=False)) if a != b), min(len(self.read), len(ids)))
 
 
 class Prefixes:
@@ -109,13 +142,25 @@ class Prefixes:
             cache = self.model.decoder.prefix(SlotBatch.pad([slots.to(self.model.base.device)]))
         layers = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
         made = Prefix(layers, slots.span, slots.tokens, slots.count)
+        self._keep(key, made)
+        return made
+
+    def follow(self, key: str, prefix: Prefix, marker: Marker, ids: Sequence[int], row: Row) -> None:
+        """Keep a context with the prompt, all of it `ids`, that a row has just read after it, instead of the one before."""
+        if key not in self.kept:
+            return
+        columns = row.cache.get_seq_length() - max(0, len(ids) - FOLLOWED)
+        layers = [(layer.keys[:, :, :columns].contiguous(), layer.values[:, :, :columns].contiguous()) for layer in row.cache.layers]
+        self._keep(key, replace(prefix, layers=layers, marker=marker, read=tuple(ids[:FOLLOWED])))
+
+    def _keep(self, key: str, made: Prefix) -> None:
+        """Keep a context if it fits, and let those go that were asked longest ago."""
         if made.bytes <= self.max_bytes:
             self.drop(key)
             self.kept[key] = made
             self.bytes += made.bytes
             while self.bytes > self.max_bytes:
                 self.bytes -= self.kept.popitem(last=False)[1].bytes
-        return made
 
     def drop(self, key: str) -> None:
         """Forget a context."""
@@ -130,6 +175,7 @@ def prefill(
     prompt: Tensor,
     limit: int,
     sampling: Sampling,
+    ids: Sequence[int] = (),
 ) -> Generator[None, None, Row]:
     """Read a prompt after a prefix, at most `PREFILL` tokens at a time.
 
@@ -147,6 +193,8 @@ def prefill(
         Tokens to generate, at most.
     sampling : Sampling
         How.
+    ids : sequence of int
+        Those that the prompt begins with: as far as the prefix knows them already, they are not read again.
 
     Yields
     ------
@@ -163,21 +211,26 @@ def prefill(
     ICAEError
         If there is nothing to read, or the base has no positions for it all.
     """
-    base, span = model.base, 0 if prefix is None else prefix.span
+    base, span, slots, known, lead = model.base, 0, 0, 0, 0
     if marker is not None:
-        prompt = torch.cat([model.markers[int(marker)].detach().to(prompt.dtype), prompt])
+        begin = model.markers[int(marker)].detach().to(prompt.dtype)
+        prompt, lead = torch.cat([begin, prompt]), len(begin)
     count = len(prompt)
     if not count:
         raise ICAEError("the prompt is empty; give at least one token")
+    cache: Cache = DynamicCache()
+    if prefix is not None:
+        span, slots = prefix.span, prefix.slots
+        known = min(prefix.common(marker, lead, ids), count - 1)  # one is read at least: it says what follows
+        cache = Cache(layers=[_after(keys[:, :, : slots + known], values[:, :, : slots + known]) for keys, values in prefix.layers])
     check_positions(model, span + count, limit)
-    cache = DynamicCache() if prefix is None else Cache(layers=[_after(*pair) for pair in prefix.layers])
     output: Any = None
-    for at in range(0, count, PREFILL):
-        if at:
+    for at in range(known, count, PREFILL):
+        if at > known:
             yield
         piece = prompt[None, at : at + PREFILL]
         places = torch.arange(span + at, span + at + piece.shape[1], device=prompt.device)[None]
-        read = (prefix.slots if prefix else 0) + at + piece.shape[1]
+        read = slots + at + piece.shape[1]
         with torch.no_grad():
             output = base.model(
                 inputs_embeds=piece,
@@ -187,7 +240,7 @@ def prefill(
                 use_cache=True,
                 logits_to_keep=1,
             )
-    row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1])
+    row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids)
     row.choose(row.logits)
     return row
 
@@ -223,11 +276,12 @@ class _Layer(DynamicLayer):
         self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the step's column (R, H, 1, S) and return the rectangle with it."""
-        rows, low, end = len(self.batch.rows), self.batch.low, self.batch.end
-        self.keys[:rows, :, end : end + 1] = key_states
-        self.values[:rows, :, end : end + 1] = value_states
-        return self.keys[:rows, :, low : end + 1], self.values[:rows, :, low : end + 1]
+        """Write the step's columns (R, H, n, S) and return the rectangle with them."""
+        rows, low, begin = len(self.batch.rows), self.batch.low, self.batch.end
+        end = begin + key_states.shape[2]
+        self.keys[:rows, :, begin:end] = key_states
+        self.values[:rows, :, begin:end] = value_states
+        return self.keys[:rows, :, low:end], self.values[:rows, :, low:end]
 
     def get_seq_length(self) -> int:
         """Return the columns read before this step."""
@@ -237,8 +291,9 @@ class _Layer(DynamicLayer):
 class Batch:
     """The rows that generate now."""
 
-    def __init__(self, model: ICAE):
-        self.base = model.base
+    def __init__(self, model: ICAE, guesses: int = 0):
+        """Make an empty batch; a row that is alone in it guesses so many tokens ahead at each step, at most."""
+        self.base, self.guesses = model.base, guesses
         self.clear()
 
     def clear(self) -> None:
@@ -278,7 +333,10 @@ class Batch:
             self.clear()
 
     def step(self) -> None:
-        """Read every row's last token and choose its next."""
+        """Read every row's last token and choose its next; a row that is alone may get several."""
+        if len(self.rows) == 1 and (guessed := self.rows[0].guess(self.guesses)):
+            self._leap(self.rows[0], guessed)
+            return
         self._make_room()
         device = self.base.device
         columns = torch.arange(self.low, self.end + 1, device=device)
@@ -295,20 +353,41 @@ class Batch:
             row.position += 1
             row.choose(logits)
 
-    def _make_room(self, new: Row | None = None, length: int = 0) -> None:
-        """Have place for one more row of `length` columns, if one is given, and for one more column."""
+    def _leap(self, row: Row, guessed: list[int]) -> None:
+        """Read the only row's last token and those that are guessed to follow; choose its next as long as the guess was right.
+
+        Every token is chosen from what the base says after the ones before it, so that a guess changes the time it takes and no answer.
+        """
+        self._make_room(more=1 + len(guessed))
+        read = torch.tensor([[row.ids[-1], *guessed]], device=self.base.device)
+        with torch.no_grad():
+            output = self.base.model(
+                input_ids=read,
+                position_ids=row.position + torch.arange(read.shape[1], device=read.device)[None],
+                attention_mask=torch.ones(1, self.end - self.low + read.shape[1], dtype=torch.long, device=read.device),
+                past_key_values=Cache(layers=list(self.layers)),
+                use_cache=True,
+            )
+        for logits, guess in zip(output.logits[0].split(1), [*guessed, None], strict=True):
+            self.end, row.position = self.end + 1, row.position + 1
+            row.choose(logits)
+            if row.finished is not None or row.ids[-1] != guess:
+                return
+
+    def _make_room(self, new: Row | None = None, length: int = 0, more: int = 1) -> None:
+        """Have place for one more row of `length` columns, if one is given, and for `more` columns."""
         all_rows = self.rows if new is None else [*self.rows, new]
         rows = len(all_rows)
         if new is not None and not self.layers:
             self.layers = [_Layer(self, read.keys[:0, :, :0], read.values[:0, :, :0]) for read in new.cache.layers]
         have_rows, have_columns = self.layers[0].keys.shape[0], self.layers[0].keys.shape[2]
-        if rows <= have_rows and length <= self.end < have_columns:
+        if rows <= have_rows and length <= self.end and self.end + more <= have_columns:
             return
         low, used = self.low, self.end - self.low
         width = max(used, length)
         want_rows = have_rows if rows <= have_rows else max(rows, 2 * have_rows)
         to_come = max(r.limit - len(r.ids) for r in all_rows)  # more is not needed, less would mean copying often
-        want_columns = have_columns if width + 1 < have_columns * 3 // 4 else width + max(1, min(to_come, max(width // 2, 64)))
+        want_columns = have_columns if width + more < have_columns * 3 // 4 else width + max(more, min(to_come, max(width // 2, 64)))
         for layer in self.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)

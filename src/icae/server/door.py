@@ -33,7 +33,7 @@ class Server:
     def __init__(self, model: ICAE, store: SlotStore, name: str, limits: Limits, keyring: Keyring | None):
         self.name, self.limits, self.keyring, self.started = name, limits, keyring, int(time.time())
         self.service = Service(model, store, limits)
-        self.scheduler = Scheduler(model, max_rows=limits.max_rows, max_queue=limits.max_queue)
+        self.scheduler = Scheduler(model, max_rows=limits.max_rows, max_queue=limits.max_queue, guesses=limits.guesses)
         self.metrics = Metrics(self.scheduler, self.service)
 
     def submit(self, work: Any, tenant: str) -> tuple[Job, asyncio.Queue]:

@@ -16,6 +16,9 @@ class Limits:
     """Every default once; each field's sentence is shown by `icae serve --help`."""
 
     max_rows: int = setting(16, "Requests that the model works on at once.")
+    guesses: int = setting(
+        8, "Tokens that a request which is alone guesses ahead at each step, from what was said before; answers stay the same. 0: none."
+    )
     max_queue: int = setting(64, "Requests of one key that may wait; past it: 429.")
     max_body: int = setting(16 << 20, "Bytes of a request body, at most.")
     max_context: int = setting(200_000, "Tokens of a text to compress, at most.")
@@ -27,11 +30,11 @@ class Limits:
     max_tokens: int = setting(256, "Tokens of a response where a request names no number.")
 
     def __post_init__(self) -> None:
-        """Check that everything is positive."""
+        """Check that everything is positive, or where nothing is allowed, not negative."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not value > 0:
-                raise ICAEError(f"{field.name} must be more than 0, got {value}")
+            value, may_be_0 = getattr(self, field.name), field.name == "guesses"
+            if value is not None and not (value > 0 or may_be_0 and value == 0):
+                raise ICAEError(f"{field.name} must be {'at least' if may_be_0 else 'more than'} 0, got {value}")
 
 
 class BodyLimit:

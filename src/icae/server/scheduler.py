@@ -3,7 +3,7 @@
 An iteration of the thread:   forget what was cancelled or is too late
                               take new jobs, one of each tenant in turn, while there is room
                               let one job in preparation do its next piece (a batch of segments, 128 tokens of a prompt)
-                              one step of all rows that generate
+                              one step of all rows that generate; a row that is alone guesses ahead
 
 So a new request joins the others' batch at the next step, and a long text that is being compressed holds nobody up for longer than
 one piece. (Iteration-level scheduling: Orca, Yu et al., OSDI 2022.)
@@ -31,7 +31,7 @@ PREPARING = 4
 
 @dataclass(frozen=True)
 class Token:
-    """A row has one more token; `ids` are all so far."""
+    """A row has another token, or several; `ids` are all so far."""
 
     ids: list[int]
 
@@ -106,7 +106,7 @@ class Job:
 class Scheduler:
     """The queue and its thread."""
 
-    def __init__(self, model: ICAE, *, max_rows: int = 16, max_queue: int = 64):
+    def __init__(self, model: ICAE, *, max_rows: int = 16, max_queue: int = 64, guesses: int = 0):
         """Make a scheduler; `start` begins.
 
         Parameters
@@ -117,8 +117,10 @@ class Scheduler:
             Jobs under way at once: rows that generate, and those in preparation.
         max_queue : int
             Jobs of one tenant that may wait.
+        guesses : int
+            Tokens that a row which is alone guesses ahead at each step, at most.
         """
-        self.batch, self.max_rows, self.max_queue = Batch(model), max_rows, max_queue
+        self.batch, self.max_rows, self.max_queue = Batch(model, guesses), max_rows, max_queue
         self.waiting: dict[str, deque[Job]] = {}
         self.preparing: deque[Job] = deque()
         self.running: list[Job] = []
@@ -275,7 +277,7 @@ class Scheduler:
             self._broken(job)
 
     def _step(self) -> None:
-        """Generate one token a row."""
+        """Generate a token for each row, or several for one that is alone."""
         if not self.running:
             return
         self.steps, self.step_rows = self.steps + 1, self.step_rows + len(self.running)
@@ -287,8 +289,7 @@ class Scheduler:
         for job in list(self.running):
             row = job.row
             assert row is not None
-            if row.finished != "stop":
-                job.emit(Token(list(row.ids)))
+            job.emit(Token(list(row.ids)))
             if row.finished is not None:
                 self._leave(job)
                 self._finish(job, Done(row.finished))

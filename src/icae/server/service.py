@@ -207,7 +207,10 @@ class Service:
         usage.icae = Saved(context_tokens=tokens, slots=slots, saved_tokens=tokens - slots, kv_bytes=0)
         if limit is None:
             limit = min(self.limits.max_tokens, self.model.base.max_positions - span - length)
-        row = yield from prefill(self.model, prefix, marker, prompt, limit, sampling)
+        ids = ask.pieces[0] if ask.pieces and isinstance(ask.pieces[0], list) else []
+        row = yield from prefill(self.model, prefix, marker, prompt, limit, sampling, ids)
+        if prefix is not None and marker is not None and len(ids) == len(prompt):
+            self.prefixes.follow("+".join(contents), prefix, marker, ids, row)
         usage.icae.kv_bytes = sum(t.numel() * t.element_size() for layer in row.cache.layers for t in (layer.keys, layer.values))
         return row
 
