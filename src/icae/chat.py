@@ -51,8 +51,9 @@ def chat_prompt(tokenizer: Any, prompt: str, history: list[dict[str, str]] | Non
 
 
 def chat_response(tokenizer: Any, response: str) -> list[int]:
-    """Return the ids of a response, with what ends it in the template."""
-    return [*tokenize(tokenizer, response, special=False), end_of_turn(tokenizer)]
+    """Return the ids of a response, with what ends it in the template, if anything does."""
+    ids, end = tokenize(tokenizer, response, special=False), end_of_turn(tokenizer)
+    return ids if end is None else [*ids, end]
 
 
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
