@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/icae demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 lint: setup
 	$(BIN)/ruff check .

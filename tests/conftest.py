@@ -11,11 +11,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's client is imported: a tes
 
 import pytest
 import tiny
+import torch
 
 from icae.base import Base, load_base
 from icae.terminal import lent
 
 _HOME = os.environ.get("ICAE_HOME")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
 
 
 def _set_home(home: str | None) -> None:
