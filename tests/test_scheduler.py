@@ -182,8 +182,8 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
     first, other = random_ids(20)[0], random_ids(20)[0][:12] + random_ids(7, seed=2)[0]
     prefixes = Prefixes(model, 1 << 30)
 
-    def ask(ids, marker=Marker.FT):
-        prefix = prefixes.get("x") or prefixes.put("x", slots)
+    def ask(ids, marker=Marker.FT, reader="a"):
+        prefix = (prefixes.get("x") or prefixes.put("x", slots)).towards(reader)
         prompt = model.base.embed(torch.tensor(ids))
         row, read = counted(model, monkeypatch, prefill(model, prefix, marker, prompt, 12, GREEDY, ids))
         logits = row.logits
@@ -196,6 +196,7 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
     assert ask(other) == 7
     assert ask(other) == 1
     assert ask(first) == 8
+    assert ask(first, reader="b") == 20
     assert ask(first, Marker.LM) == lead + 20
     prefixes.drop("x")
     prefix = prefixes.put("y", slots)

@@ -107,11 +107,17 @@ class Prefix:
     """Stood before the prompt that was read last; none: no prompt was."""
     read: tuple[int, ...] = ()
     """Ids of that prompt."""
+    reader: str = ""
+    """Namespace that it came from: another must not see in its times what was asked."""
 
     @property
     def bytes(self) -> int:
         """Memory it takes."""
         return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+
+    def towards(self, reader: str) -> Prefix:
+        """Return it as a namespace may use it."""
+        return self if reader == self.reader else replace(self, read=(), reader=reader)
 
     def common(self, marker: Marker | None, lead: int, ids: Sequence[int]) -> int:
         """Count the columns behind the slots that a prompt's ids, after a marker of `lead` vectors, have in common with the last one's."""

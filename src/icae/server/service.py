@@ -193,7 +193,7 @@ class Service:
                 entry, _ = yield from self.compress(namespace, wanted, None, None, "chat")
                 wanted = entry.entry
             contents.append(wanted)
-        prefix = (yield from self._prefix(contents)) if contents else None
+        prefix = (yield from self._prefix(contents)).towards(namespace) if contents else None
         lead = self.model.config.marker_length if prefix else 0
         span, length = prefix.span if prefix else 0, sum(map(len, ask.pieces)) + lead
         check_positions(self.model, span + length, limit or 1)  # before it is embedded: a long prompt takes much memory
