@@ -72,25 +72,29 @@ def results_table(checkpoint: str | None = None) -> str:
     ]
     lines: list[str] = []
     for name, head, cells in tables:
-        rows = [[r["checkpoint"], *row, r["commit"]] for r in reports if r["name"] == name for row in cells(r["results"])]
+        rows = [[r["checkpoint"], *row, r["commit"]] for r in reports if r["name"] == name for row in cells(r["results"], r["settings"])]
         if rows:
             lines += [head, "|---" * (head.count("|") - 1) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
     return "\n".join(lines)
 
 
-def _autoencoding(results: list[dict[str, Any]]) -> Iterator[list[Any]]:
+def _autoencoding(results: list[dict[str, Any]], about: dict[str, Any]) -> Iterator[list[Any]]:
     for x in results:
         low, high = x["bleu_interval"]
         bleu = f"{x['bleu']:.1f} ({low:.1f} to {high:.1f})"
-        place = f"{x['length']} tokens, {x['ratio']:.3g}x"
+        place = f"{x['length']} tokens of {about['text']}, {x['ratio']:.3g}x"
         yield [place, f"{x['loss']:.3f}", f"{x['token_accuracy']:.3f}", bleu, f"{x['exact_match']:.2f}", x["samples"]]
 
 
-def _continuation(x: dict[str, Any]) -> Iterator[list[Any]]:
-    yield [f"{x['length']} -> {x['target']} tokens", *(f"{x['ppl_' + side]:.2f}" for side in ("text", "slots", "none")), x["samples"]]
+def _continuation(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
+    yield [
+        f"{x['length']} -> {x['target']} tokens of {about['text']}",
+        *(f"{x['ppl_' + side]:.2f}" for side in ("text", "slots", "none")),
+        x["samples"],
+    ]
 
 
-def _qa(x: dict[str, Any]) -> Iterator[list[Any]]:
+def _qa(x: dict[str, Any], _: dict[str, Any]) -> Iterator[list[Any]]:
     low, high = x["f1_slots_interval"]
     yield [f"{x['f1_text']:.3f}", f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", f"{x['f1_none']:.3f}", x["n"]]
 

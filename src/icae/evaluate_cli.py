@@ -157,7 +157,7 @@ def _evaluate(
     if save is not None:
         from icae.report import write_report
 
-        write_report(save, function.__name__, _checkpoint_name(model), icae, {"text": Path(text).name, **settings}, results)
+        write_report(save, function.__name__, _checkpoint_name(model), icae, {"text": "/".join(Path(text).parts[-2:]), **settings}, results)
     return results
 
 

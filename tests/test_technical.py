@@ -1,0 +1,38 @@
+"""The gatherer of technical text: what it takes, and how it parts training from held-out text."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "configs" / "technical.py"
+
+
+@pytest.fixture
+def technical(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("technical", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    texts = [f'"""Module {i}.\n\nIt is\none of many.\n"""\n' + f"x_{i} = 1\n" * 60 for i in range(60)]
+    monkeypatch.setattr(module, "modules", lambda: ((ast.parse(t), t) for t in [*texts, texts[0], "short = 1"]))
+    monkeypatch.setattr(sys, "argv", ["technical.py", str(tmp_path)])
+    module.main()
+    return module
+
+
+def test_every_piece_is_in_one_part_once(technical, tmp_path):
+    parts = {part: (tmp_path / part / "source" / "all.txt").read_text() for part in ("train", "dev")}
+    assert all(parts.values()) and len(parts["train"]) > 4 * len(parts["dev"])
+    for i in range(60):
+        assert sorted(parts[part].count(f"Module {i}.") for part in parts) == [0, 1]
+    assert not any("short" in text for text in parts.values())
+
+
+def test_a_docstring_is_what_it_says_without_its_indentation(technical):
+    assert next(technical.docstrings()) == "Module 0.\n\nIt is\none of many."
+
+
+def test_pythons_reference_is_found(technical):
+    assert sum("statement" in page for page in technical.reference()) > 20
