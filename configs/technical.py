@@ -1,8 +1,8 @@
 """Gather technical and legal English that lies on any Debian with Python: `python configs/technical.py runs/technical`.
 
-Books alone make an adapter that stumbles over manuals. What is gathered: the reference of Python's help(), docstrings and some source of the
-standard library and the installed packages, their READMEs and licences, and Debian's common licences. One piece in twelve, chosen by a hash of
-its text, goes to `dev` instead of `train`; a piece that stands twice counts once.
+Books alone make an adapter that stumbles over manuals. What is gathered: the reference of Python's help(), docstrings and some source of
+the standard library and the installed packages, their READMEs and licences, and Debian's common licences. One piece in twelve, chosen by a
+hash of its text, goes to `dev` instead of `train`; a piece that stands twice counts once.
 """
 
 from __future__ import annotations
