@@ -146,7 +146,7 @@ def test_pooled_memory_is_the_block_mean_scaled_by_the_root_of_its_size(base):
     model = make_icae(base, memory="pooled")
     context = base.embed(padded(random_ids(6, 8)))
     real = torch.tensor([[True] * 6 + [False] * 2, [True] * 8])
-    memory = model.encoder._memory_tokens(context, real, 2, 4)
+    memory = model.encoder.memory_tokens(context, real, 2, 4)
     by_hand = [[context[0, :4].sum(0) / 2, context[0, 4:6].sum(0) / 2**0.5], [context[1, :4].sum(0) / 2, context[1, 4:].sum(0) / 2]]
     torch.testing.assert_close(memory, torch.stack([torch.stack(row) for row in by_hand]), atol=1e-6, rtol=0)
 
@@ -155,9 +155,9 @@ def test_shared_memory_is_one_vector_and_learned_memory_one_for_each_slot(base):
     context, real = torch.zeros(1, 16, 32), torch.ones(1, 16, dtype=torch.bool)
     shared, learned = (make_icae(base, memory=m).encoder for m in ("shared", "learned"))
     assert shared.memory.shape == (1, 32)
-    assert torch.equal(shared._memory_tokens(context, real, 4, 4)[0], shared.memory.expand(4, -1))
+    assert torch.equal(shared.memory_tokens(context, real, 4, 4)[0], shared.memory.expand(4, -1))
     assert learned.memory.shape == (4, 32)
-    assert torch.equal(learned._memory_tokens(context, real, 3, 4)[0], learned.memory[:3])
+    assert torch.equal(learned.memory_tokens(context, real, 3, 4)[0], learned.memory[:3])
 
 
 def test_more_slots_than_learned_memory_tokens_are_refused(base):

@@ -15,7 +15,7 @@ import typer
 
 from icae import chat_cli, data_cli, evaluate_cli, reproduce_cli, serve_cli, store_cli
 from icae.errors import ICAEError
-from icae.terminal import BaseName, Device, Json, Model, Ratio, Seed, check_ratio, lent, load_model, print_results, progress, say
+from icae.terminal import BaseName, Device, Json, Model, Ratio, Refine, Seed, check_ratio, lent, load_model, print_results, progress, say
 
 if TYPE_CHECKING:
     from icae.model import ICAE
@@ -105,19 +105,26 @@ def compress(
 def reconstruct(
     slots: SlotFile,
     against: Annotated[Path | None, typer.Option("--against", help="The original text, to measure against.")] = None,
+    refine: Refine = None,
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Read the text back from its slots."""
+    """Read the text back from its slots; what the slots do not bear out is put right."""
     original = None if against is None else _text(str(against), literal=False)
     loaded, icae = _load_slots(slots, model, base, device)
-    if original is None and not as_json:
+    refines = icae.refines(refine)
+    if original is None and not as_json and not refines:
         _stream(icae.stream_reconstruction(loaded))
         return
-    ids = icae.reconstruct_ids([loaded])[0]
-    results: dict[str, Any] = {"text": icae.base.decode(ids)}
+    ids = greedy = icae.reconstruct_ids([loaded])[0]
+    results: dict[str, Any] = {}
+    if refines:
+        with progress("refining", "segments") as tick:
+            (refined,) = icae.refine_ids([loaded], [greedy], progress=tick)
+        ids, results["verified"] = refined.ids, refined.verified
+    results = {"text": icae.base.decode(ids), **results}
     if original is not None:
         from icae.evaluate import score_reconstruction
         from icae.metrics import bleu, exact_match
@@ -129,11 +136,19 @@ def reconstruct(
             "bleu": bleu(results["text"], original),
             "exact_match": exact_match(ids, truth),
             "token_accuracy": accuracy,
+            "greedy_bleu": bleu(icae.base.decode(greedy), original),
         }
 
     def plain() -> None:
+        from icae.refine import TOLERANCE
+
         print(results["text"])
-        print("  ".join(f"{name} {results[name]:.4g}" for name in results if name != "text"), file=sys.stderr)
+        about = [f"{name} {value:.4g}" for name, value in results.items() if name not in ("text", "verified")]
+        if refines:
+            doubtful = sum(m > TOLERANCE for m in refined.mismatches)
+            said = f"of {len(refined.mismatches)} segments {doubtful} may differ from the text compressed"
+            about.append("verified: compressed again, it has these very slots" if results["verified"] else said)
+        print("  ".join(about), file=sys.stderr)
 
     print_results(results, as_json, plain)
 

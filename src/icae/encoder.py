@@ -11,7 +11,6 @@ Shape legend: B segments, L context tokens of the longest, K memory tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,7 +51,6 @@ class Encoder(nn.Module):
             self.mix = nn.Parameter(unit.repeat(config.ratio, 1, 1) / (self._size * config.ratio**0.5))
         if config.readout == "residual":
             self.connector = nn.Parameter(torch.zeros_like(unit))
-        self._readout = {"kv": self._read_keys_and_values, "embedding": self._read_hidden_states}[config.kind]
         self._rotations = _proven_rotations(base) if config.kind == "kv" else None
 
     def forward(self, ids_BL: Tensor, lengths: list[int], ratio: int | None = None) -> SlotBatch:
@@ -83,21 +81,20 @@ class Encoder(nn.Module):
         count = slot_count(longest, ratio)
         context_BLD = self.peft.get_input_embeddings()(ids_BL)
         real_BL = _first(lengths, longest, ids_BL.device)
-        memory_BKD = self._memory_tokens(context_BLD, real_BL, count, ratio)
+        memory_BKD = self.memory_tokens(context_BLD, real_BL, count, ratio)
         slots = [len(p.memory) for p in layout]
         real_BK = _first(slots, count, ids_BL.device)
         at_memory = _padded([p.memory for p in layout], count).to(ids_BL.device)
         places = _padded([p.slots for p in layout], count).to(ids_BL.device)
 
-        def llm() -> Any:
-            """Pass context and memory tokens through the LLM."""
+        output = None
+        if self.config.readout != "memory":
             at_context = _padded([p.context for p in layout], longest).to(ids_BL.device)
-            return self._llm(
+            output = self._llm(
                 torch.cat([context_BLD, memory_BKD], 1), torch.cat([at_context, at_memory], 1), torch.cat([real_BL, real_BK], 1)
             )
-
         return SlotBatch(
-            self._readout(llm, longest, places - at_memory, memory_BKD),
+            self.read(output, longest, places - at_memory, memory_BKD),
             real_BK,
             places,
             [(Segment(n, k, p.span),) for n, k, p in zip(lengths, slots, layout, strict=True)],
@@ -123,7 +120,7 @@ class Encoder(nn.Module):
         size = 0.0 if self.config.memory in ("pooled", "mixed") else float(base.model.get_input_embeddings().weight.float().std())
         return torch.randn(rows, base.hidden_size, device=base.device) * size
 
-    def _memory_tokens(self, context_BLD: Tensor, real_BL: Tensor, count: int, ratio: int) -> Tensor:
+    def memory_tokens(self, context_BLD: Tensor, real_BL: Tensor, count: int, ratio: int) -> Tensor:
         """Return the memory tokens' input embeddings, (B, K, D)."""
         batch, longest, hidden = context_BLD.shape
         memory = self.memory.to(context_BLD.dtype)
@@ -144,26 +141,41 @@ class Encoder(nn.Module):
         tokens = real.sum(2).clamp(min=1).to(context_BLD.dtype)
         return (blocks * real).sum(2) / tokens.sqrt() + memory
 
-    def _read_hidden_states(self, llm: Callable[[], Any], start: int, moved: Tensor, memory_BKD: Tensor) -> dict[str, Tensor]:
+    def memory_of(self, blocks_P: Tensor, context_PMD: Tensor, real_PM: Tensor, ratio: int) -> Tensor:
+        """Return the memory token, (P, 1, D), of each of P single blocks: their numbers, token embeddings, and which of these are real."""
+        if self.config.memory == "learned":
+            return self.memory[blocks_P][:, None].to(context_PMD.dtype)
+        return self.memory_tokens(context_PMD, real_PM, 1, ratio)
+
+    def read(self, output: Any, start: int, moved_BK: Tensor, memory_BKD: Tensor) -> dict[str, Tensor]:
+        """Read slots off the LLM's output (None where only the memory tokens are read), from place `start` of its sequence on.
+
+        `moved_BK` tells how many positions each slot is moved by, from where it was encoded to where it is read.
+        """
+        if self.config.kind == "kv":
+            return self._read_keys_and_values(output, start, moved_BK)
+        return {"embeddings": self._read_hidden_states(output, start, memory_BKD)}
+
+    def _read_hidden_states(self, output: Any, start: int, memory_BKD: Tensor) -> Tensor:
         """Read the last layer's output at the memory positions, the memory tokens, or both; scale them where asked to.
 
         A slot far larger than the base's embeddings passes through its layers nearly unchanged, so that each layer reads it as it is:
         docs/log.md measures what that is worth.
         """
-        slots_BKD = memory_BKD if self.config.readout == "memory" else llm().last_hidden_state[:, start:]
+        slots_BKD = memory_BKD if self.config.readout == "memory" else output.last_hidden_state[:, start:]
         if self.config.readout == "residual":
             slots_BKD = memory_BKD / self._size + slots_BKD @ self.connector.to(slots_BKD.dtype)
         if self.config.slot_norm is not None:
             slots_BKD = nn.functional.rms_norm(slots_BKD, slots_BKD.shape[-1:]) * (self.config.slot_norm * self._size)
-        return {"embeddings": slots_BKD}
+        return slots_BKD
 
-    def _read_keys_and_values(self, llm: Callable[[], Any], start: int, moved: Tensor, memory_BKD: Tensor) -> dict[str, Tensor]:
-        """Read every layer's keys and values at the memory positions (500xCompressor, arXiv 2408.03094)."""
-        layers = llm().past_key_values.layers
+    def _read_keys_and_values(self, output: Any, start: int, moved_BK: Tensor) -> dict[str, Tensor]:
+        """Read the keys and values of every layer that was passed at the memory positions (500xCompressor, arXiv 2408.03094)."""
+        layers = output.past_key_values.layers
         keys = torch.stack([layer.keys[:, :, start:].transpose(1, 2) for layer in layers], 2)  # (B, K, layers, heads, size)
         values = torch.stack([layer.values[:, :, start:].transpose(1, 2) for layer in layers], 2)
         assert self._rotations is not None
-        return {"keys": rotated(keys, self._rotations, moved) if moved.any() else keys, "values": values}
+        return {"keys": rotated(keys, self._rotations[: len(layers)], moved_BK) if moved_BK.any() else keys, "values": values}
 
 
 @torch.no_grad()

@@ -10,7 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import BaseName, Device, Json, Model, Ratio, Seed, check_ratio, load_model, print_results, print_table, progress
+from icae.terminal import (
+    BaseName,
+    Device,
+    Json,
+    Model,
+    Ratio,
+    Refine,
+    Seed,
+    check_ratio,
+    load_model,
+    print_results,
+    print_table,
+    progress,
+)
 
 app = typer.Typer(help="Measure a checkpoint on held-out text.", no_args_is_help=True)
 
@@ -25,6 +38,7 @@ def evaluate_autoencoding(
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, with commas.")] = "64,128,256",
     samples: Samples = 32,
     ratio: Ratio = None,
+    refine: Refine = None,
     seed: Seed = 0,
     model: Model = None,
     base: BaseName = None,
@@ -40,8 +54,10 @@ def evaluate_autoencoding(
         wanted = [int(n) for n in lengths.split(",")]
     except ValueError:
         raise ICAEError(f"lengths must be whole numbers with commas, got {lengths!r}; try 64,128,256") from None
-    rows = _evaluate(autoencoding, text, model, base, device, save, lengths=wanted, samples=samples, ratio=ratio, seed=seed)
-    columns = ["length", "ratio", "samples", "loss", "token_accuracy", "bleu", "exact_match"]
+    settings: dict[str, Any] = {"lengths": wanted, "samples": samples, "ratio": ratio, "refine": refine, "seed": seed}
+    rows = _evaluate(autoencoding, text, model, base, device, save, **settings)
+    columns = ["length", "ratio", "samples", "loss", "token_accuracy", "greedy_bleu", "greedy_exact_match", "bleu", "exact_match"]
+    columns += [name for name in ("identical", "verified") if name in rows[0]]
     print_results(rows, as_json, lambda: print_table(columns, rows))
 
 

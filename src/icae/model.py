@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +24,7 @@ from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker, collate, padded
+from icae.refine import TOLERANCE, refine
 from icae.segments import alike, cut
 from icae.slots import MemorySlots, Origin, SlotBatch
 
@@ -40,6 +42,20 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A reconstruction that was compressed again."""
+
+    ids: list[int]
+    mismatches: list[float]
+    """Of each segment, how far its slots are from those it was read from: the worst slot's relative squared distance."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether its slots are the given ones, so that it is almost surely the text that was compressed."""
+        return max(self.mismatches) <= TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -291,14 +307,24 @@ class ICAE(nn.Module):
 
     # ---- reading slots ----
 
-    def reconstruct(self, slots: Slots, *, batch_size: int = 16) -> Any:
-        """Give the text back: a string, or a list of strings for several slots (greedy)."""
+    def reconstruct(self, slots: Slots, *, refine: bool | None = None, batch_size: int = 16) -> Any:
+        """Give the text back: a string, or a list of strings for several slots.
+
+        It is what the decoder reads from the slots (greedy), put right where its own slots differ from the given ones (`refine_ids`) if
+        `refine` is true; none: for kv slots.
+        """
         many = [slots] if isinstance(slots, MemorySlots) else list(slots)
-        texts = [self.base.decode(ids) for ids in self.reconstruct_ids(many, batch_size=batch_size)]
+        made = self.reconstruct_ids(many, batch_size=batch_size)
+        if self.refines(refine):
+            made = [refined.ids for refined in self.refine_ids(many, made)]
+        texts = [self.base.decode(ids) for ids in made]
         return texts[0] if isinstance(slots, MemorySlots) else texts
 
     def reconstruct_ids(self, slots: Sequence[MemorySlots], *, batch_size: int = 16) -> list[list[int]]:
-        """Give token ids back. Every segment is read back alone, from its own slots, many at a time; each at most as long as it was."""
+        """Give token ids back as the decoder reads them from the slots, greedily.
+
+        Every segment is read back alone, from its own slots, many at a time; each at most as long as it was.
+        """
         for s in slots:
             self.check(s)
         parts = [part for s in slots for part in s.split()]
@@ -308,6 +334,50 @@ class ICAE(nn.Module):
             made += self._collect(rows, [[]] * len(rows), Marker.AE, [p.tokens for p in rows], GREEDY)
         numbers = iter(made)
         return [[i for _ in s.segments for i in next(numbers)] for s in slots]
+
+    def refines(self, wanted: bool | None = None) -> bool:
+        """Return `wanted`; where it is none, whether refining is quick enough to be done unasked."""
+        return self.config.kind == "kv" if wanted is None else wanted
+
+    def refine_ids(
+        self, slots: Sequence[MemorySlots], ids: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None
+    ) -> list[Refined]:
+        """Compress reconstructions again, and put them right where their slots differ from the given ones (refine.py).
+
+        With kv slots a segment takes about as long as reading it alone; embedding slots, to be compared after all layers, ten times that.
+
+        Parameters
+        ----------
+        slots : sequence of MemorySlots
+            What the texts were read from.
+        ids : sequence of sequences of int
+            What `reconstruct_ids` gave back.
+        progress : callable, optional
+            Called with (segments done, segments in all).
+        """
+        for s in slots:
+            self.check(s)
+        self.eval()
+        refined, done, total = [], 0, sum(len(s.segments) for s in slots)
+        for s, row in zip(slots, ids, strict=True):
+            found: list[int] = []
+            mismatches = []
+            for part in s.to(self.base.device).split():
+                mine, distance = refine(self.encoder, part, row[len(found) : len(found) + part.tokens], partial(self._choices, part))
+                mismatches.append(distance)
+                found, done = found + mine, done + 1
+                if progress is not None:
+                    progress(done, total)
+            refined.append(Refined(found, mismatches))
+        return refined
+
+    @torch.no_grad()
+    def _choices(self, slots: MemorySlots, ids: list[int], count: int) -> list[list[int]]:
+        """Return, for each place of a segment, the `count` tokens that the decoder finds likeliest there after the ones before."""
+        data: Any = collate([Example([], Marker.AE, [], ids)])
+        names = ("markers", "text_ids", "real", "scored")
+        logits, _ = self._target_logits(SlotBatch.pad([slots]), *(data[name].to(self.base.device) for name in names))
+        return logits[0, : len(ids)].topk(count).indices.tolist()
 
     def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:
         """Continue the text that the slots stand for, by `max_new_tokens`."""

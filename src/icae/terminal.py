@@ -20,6 +20,14 @@ BaseName = Annotated[str | None, typer.Option("--base", help="Base LLM: name, fo
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Ratio = Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot. [default: the checkpoint's]", show_default=False)]
+Refine = Annotated[
+    bool | None,
+    typer.Option(
+        "--refine/--no-refine",
+        help="Compress what was read back again, and put it right where the slots differ. [default: for kv slots]",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Decides which samples are drawn.")]
 
 
