@@ -64,7 +64,7 @@ def results_table(checkpoint: str | None = None) -> str:
     tables = [
         (
             "autoencoding",
-            "| adapter | read back | loss | token accuracy | BLEU (95% interval) | exact prefix | samples | commit |",
+            "| adapter | read back | loss | token accuracy | BLEU, greedy (95% interval) | BLEU, refined | given back exactly | samples | commit |",
             _autoencoding,
         ),
         ("continuation", "| adapter | continued | perplexity from text | from slots | from nothing | samples | commit |", _continuation),
@@ -79,11 +79,15 @@ def results_table(checkpoint: str | None = None) -> str:
 
 
 def _autoencoding(results: list[dict[str, Any]], about: dict[str, Any]) -> Iterator[list[Any]]:
+    def spread(x: dict[str, Any], name: str) -> str:
+        low, high = x[f"{name}_interval"]
+        return f"{x[name]:.1f} ({low:.1f} to {high:.1f})"
+
     for x in results:
-        low, high = x["bleu_interval"]
-        bleu = f"{x['bleu']:.1f} ({low:.1f} to {high:.1f})"
         place = f"{x['length']} tokens of {about['text']}, {x['ratio']:.3g}x"
-        yield [place, f"{x['loss']:.3f}", f"{x['token_accuracy']:.3f}", bleu, f"{x['exact_match']:.2f}", x["samples"]]
+        refined = [spread(x, "bleu"), f"{x['identical']:.0%}"] if "identical" in x else ["", ""]
+        greedy = spread(x, "greedy_bleu" if "greedy_bleu" in x else "bleu")
+        yield [place, f"{x['loss']:.3f}", f"{x['token_accuracy']:.3f}", greedy, *refined, x["samples"]]
 
 
 def _continuation(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:

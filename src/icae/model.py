@@ -1,6 +1,6 @@
 """ICAE: the base, its encoder and its decoder behind a few verbs. Training, evaluation, command line and server all go through here.
 
-compress   text(s) -> MemorySlots         reconstruct     slots -> the text
+compress   text(s) -> MemorySlots         reconstruct     slots -> the text, checked against the slots
                                           continue_text   slots -> what follows
                                           answer          slots, prompt -> response
 """
@@ -400,7 +400,7 @@ class ICAE(nn.Module):
         return [self.base.decode(row).strip() for row in made]
 
     def stream_reconstruction(self, slots: MemorySlots) -> Iterator[str]:
-        """Return the text read back, piece by piece, one segment after the other."""
+        """Return the text as the decoder reads it back (not refined), piece by piece, one segment after the other."""
         self.check(slots)
         return self._pieces(i for part in slots.split() for i in self._ids(part, [], Marker.AE, part.tokens, GREEDY))
 
