@@ -64,7 +64,7 @@ def results_table(checkpoint: str | None = None) -> str:
     tables = [
         (
             "autoencoding",
-            "| adapter | read back | loss | token accuracy | BLEU, greedy (95% interval) | BLEU, refined | given back exactly | samples | commit |",
+            "| adapter | read back | loss | token accuracy | BLEU, greedy (95% interval) | BLEU, refined | exact | samples | commit |",
             _autoencoding,
         ),
         ("continuation", "| adapter | continued | perplexity from text | from slots | from nothing | samples | commit |", _continuation),

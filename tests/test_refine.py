@@ -2,7 +2,7 @@ import pytest
 from tiny import make_icae, random_ids
 
 from icae.blobs import pack, unpack
-from icae.refine import TOLERANCE, Search, _reordered, refine
+from icae.refine import TOLERANCE, Plan, Search, _reordered, refine
 
 N = 23
 
@@ -43,7 +43,7 @@ def test_an_order_is_put_right(base, kind):
     encoder, slots, ids = case(base, kind=kind)
     swapped = [*ids]
     swapped[17], swapped[18] = ids[18], ids[17]
-    assert refine(encoder, slots, swapped, fail, [Search(None, 6, True)])[0] == ids
+    assert refine(encoder, slots, swapped, fail, Plan((4,), (Search(None, 6, True),)))[0] == ids
 
 
 def test_tokens_in_each_other_s_blocks_are_exchanged(base):
@@ -56,6 +56,15 @@ def test_tokens_in_each_other_s_blocks_are_exchanged(base):
 def test_tokens_that_are_missing_at_the_end_come_back(base):
     encoder, slots, ids = case(base)
     assert refine(encoder, slots, ids[:-2], knowing(ids))[0] == ids
+
+
+@pytest.mark.parametrize("readout", ["memory", "residual"])
+@pytest.mark.parametrize("at", [1, 9, 22])
+def test_slots_read_off_the_memory_token_are_put_right_without_the_llm(base, readout, at):
+    encoder, slots, ids = case(base, kind="embedding", memory="mixed", readout=readout)
+    wrong = [*ids[:at], 40, *ids[at + 1 :]]
+    found, mismatch = refine(encoder, slots, wrong, knowing(ids))
+    assert found == ids and mismatch < TOLERANCE
 
 
 def test_what_cannot_be_found_is_said(base):
@@ -94,6 +103,7 @@ def test_reconstruct_refines_kv_slots_unless_told_not_to(base, monkeypatch):
     assert model.reconstruct(slots) == model.base.decode(ids)
     assert model.reconstruct(slots, refine=False) != model.base.decode(ids)
     assert not make_icae(base, kind="embedding").refines()
+    assert make_icae(base, kind="embedding", memory="mixed", readout="residual").refines()
 
 
 def test_long_blocks_are_reordered_by_one_move_or_one_exchange():

@@ -24,7 +24,7 @@ from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker, collate, padded
-from icae.refine import TOLERANCE, refine
+from icae.refine import HIDDEN, TOLERANCE, plan, refine
 from icae.segments import alike, cut
 from icae.slots import MemorySlots, Origin, SlotBatch
 
@@ -311,7 +311,7 @@ class ICAE(nn.Module):
         """Give the text back: a string, or a list of strings for several slots.
 
         It is what the decoder reads from the slots (greedy), put right where its own slots differ from the given ones (`refine_ids`) if
-        `refine` is true; none: for kv slots.
+        `refine` is true; none: where that is quick (`refines`).
         """
         many = [slots] if isinstance(slots, MemorySlots) else list(slots)
         made = self.reconstruct_ids(many, batch_size=batch_size)
@@ -337,14 +337,14 @@ class ICAE(nn.Module):
 
     def refines(self, wanted: bool | None = None) -> bool:
         """Return `wanted`; where it is none, whether refining is quick enough to be done unasked."""
-        return self.config.kind == "kv" if wanted is None else wanted
+        return plan(self.encoder) is not HIDDEN if wanted is None else wanted
 
     def refine_ids(
         self, slots: Sequence[MemorySlots], ids: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None
     ) -> list[Refined]:
         """Compress reconstructions again, and put them right where their slots differ from the given ones (refine.py).
 
-        With kv slots a segment takes about as long as reading it alone; embedding slots, to be compared after all layers, ten times that.
+        A segment takes about as long as reading it alone does; with embedding slots that are read off the last layer alone, much longer.
 
         Parameters
         ----------

@@ -5,7 +5,8 @@
 
 The rest of the segment is taken from the segment's own key-value cache. What stands after the tokens asked about was computed from what
 stood there before, so answers are estimates: near, and without any noise where the segment is otherwise right. Keys and values of the
-first layers tell nearly all about a block, so that kv slots are compared in a few layers; embedding slots need every layer.
+first layers tell nearly all about a block, so that kv slots are compared in a few layers. Embedding slots need every layer, unless they are
+read off the memory token, too: then a change of it tells most.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,7 +53,8 @@ class Probe:
         ratio : int
             Context tokens a slot.
         depth : int, optional
-            Layers to look at, for kv slots; none: all.
+            Layers that a change is passed through, and that are compared of kv slots; none: all. 0, for embedding slots that are read
+            off the memory token, too: what the LLM adds to it is taken as it is without the change.
         """
         from transformers import DynamicCache
 
@@ -70,6 +73,7 @@ class Probe:
         output = self.layers(
             inputs_embeds=torch.cat([context, self.memory], 1), position_ids=places, past_key_values=self.cache, use_cache=True
         )
+        self.hidden = output.last_hidden_state[0, len(self.ids) :]
         made = encoder.read(output, len(self.ids), self._moved(range(count))[None], self.memory)
         self.distances = self._compare({name: t[0] for name, t in made.items()}, range(count))
         """(k,) float32: each slot's squared distance from the one wanted, relative to its size; the mean over layers."""
@@ -109,6 +113,11 @@ class Probe:
         own = torch.tensor([min(ratio, len(c.tokens)) for c in changes], device=self.device)
         first = min(ratio, width)
         memory = self.encoder.memory_of(blocks, context[:, :first], torch.arange(first, device=self.device) < own[:, None], ratio)
+        chosen = [c.block for c in changes]
+        if self.depth == 0:
+            unchanged = SimpleNamespace(last_hidden_state=self.hidden[blocks][:, None])
+            made = self.encoder.read(unchanged, 0, self._moved(chosen)[:, None], memory)
+            return self._compare({name: t[:, 0] for name, t in made.items()}, chosen)
         cache: Any = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys.expand(len(changes), -1, -1, -1), layer.values.expand(len(changes), -1, -1, -1), i)
@@ -120,7 +129,6 @@ class Probe:
             past_key_values=cache,
             use_cache=True,
         )
-        chosen = [c.block for c in changes]
         made = self.encoder.read(output, -1, self._moved(chosen)[:, None], memory)
         return self._compare({name: t[:, 0] for name, t in made.items()}, chosen)
 

@@ -6,7 +6,7 @@
 
 The encoder is a fixed function, so the text that was compressed has exactly the given slots, and a reconstruction whose slots are the
 given ones is almost surely that text. A block's slot is near the wanted one already when the block's tokens are right in another order,
-in the first two layers all the more; so tokens are sought there, and their order a few layers further on.
+in the first two layers all the more; so tokens are sought there, and their order a few layers further on (`Plan`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ TOLERANCE = 1e-3
 """A slot's relative squared distance from the wanted one, below which it counts as the same: rounding to int8 makes 2e-5 of it."""
 SHARE = 0.1
 """Of the worst slot's distance: blocks below it may only stand beside wrong ones, and wait."""
-CHOICES = (4, 16)
-"""Of the decoder's likeliest tokens at each place: so many at first, so many where that left slots that differ."""
 ROUNDS = 12
 """At most, of each search."""
 
@@ -47,14 +45,33 @@ class Search:
     """Only the order of a block's tokens is changed."""
 
 
-SEARCHES = (Search(2, 0, False), Search(8, 1, True), Search(None, 1, True))
+@dataclass(frozen=True)
+class Plan:
+    """How a kind of slots is put right."""
+
+    choices: tuple[int, ...]
+    """Of the decoder's likeliest tokens at each place: so many at first, so many where that left slots that differ."""
+    searches: tuple[Search, ...]
+    """One after the other, for each number of choices; the last one looks at all layers."""
+
+
+KV = Plan((4, 16), (Search(2, 0, False), Search(8, 1, True), Search(None, 1, True)))
 """Some orders show in the last layers only, for which few blocks are left by then."""
+MEMORY = Plan((16, 64), (Search(0, 0, False), Search(0, 0, True)))
+"""Of embedding slots that are read off the memory token, too: a change costs next to nothing."""
+HIDDEN = Plan((4,), (Search(None, 0, False), Search(None, 0, True)))
+"""Of those that are read off the last layer alone: slow."""
+
+
+def plan(encoder: Encoder) -> Plan:
+    """Return how an encoder's slots are put right."""
+    if encoder.config.kind == "kv":
+        return KV
+    return HIDDEN if encoder.config.readout == "last" else MEMORY
 
 
 @torch.no_grad()
-def refine(
-    encoder: Encoder, slots: MemorySlots, ids: Sequence[int], choices: Choices, searches: Sequence[Search] = SEARCHES
-) -> tuple[list[int], float]:
+def refine(encoder: Encoder, slots: MemorySlots, ids: Sequence[int], choices: Choices, by: Plan | None = None) -> tuple[list[int], float]:
     """Put one segment's reconstruction right as far as its slots tell.
 
     Parameters
@@ -67,8 +84,8 @@ def refine(
         The reconstruction; cut, or filled up with its last token, to the segment's length.
     choices : callable
         What the decoder would say at each place.
-    searches : sequence of Search
-        One after the other; the last one looks at all layers.
+    by : Plan, optional
+        How; none: the encoder's `plan`.
 
     Returns
     -------
@@ -78,11 +95,11 @@ def refine(
         How far their slots are from the given ones: the worst slot's relative squared distance, over all layers. Up to `TOLERANCE` the
         text is almost surely the one that was compressed.
     """
-    length = slots.tokens
+    length, by = slots.tokens, by or plan(encoder)
     found = [*ids, *[ids[-1] if ids else 0] * length][:length]
     mismatch = float("inf")
-    for width in CHOICES:
-        for search in searches:
+    for width in by.choices:
+        for search in by.searches:
             probe = _search(search, encoder, slots, found, lambda ids, width=width: choices(ids, width))  # type: ignore[misc]
             found, mismatch = probe.ids, float(probe.distances.max())
         if mismatch <= TOLERANCE:

@@ -24,7 +24,7 @@ Refine = Annotated[
     bool | None,
     typer.Option(
         "--refine/--no-refine",
-        help="Compress what was read back again, and put it right where the slots differ. [default: for kv slots]",
+        help="Compress what was read back again, and put it right where the slots differ. [default: where that is quick]",
         show_default=False,
     ),
 ]
