@@ -84,13 +84,20 @@ def test_reconstruct_prints_text_and_measures_against_the_original(icae, checkpo
     code, out, _ = icae("reconstruct", slots, "--model", checkpoint, "--json", "--against", text)
     result = json.loads(out)
     assert code == 0
-    assert {"text", "loss", "bleu", "exact_match"} <= result.keys()
-    assert icae("reconstruct", slots, "--model", checkpoint, "--json") == (
-        0,
-        json.dumps({"text": result["text"]}, ensure_ascii=False) + "\n",
-        "",
-    )
-    assert icae("reconstruct", slots, "--model", checkpoint)[1].strip() == result["text"].strip()
+    assert {"text", "verified", "loss", "bleu", "exact_match", "greedy_bleu"} <= result.keys()
+    shown = {name: result[name] for name in ("text", "verified")}
+    assert icae("reconstruct", slots, "--model", checkpoint, "--json") == (0, json.dumps(shown, ensure_ascii=False) + "\n", "")
+    _, out, err = icae("reconstruct", slots, "--model", checkpoint)
+    assert out.strip() == result["text"].strip() and ("verified" in err) == result["verified"]
+    assert "segments" in err or result["verified"]
+
+
+def test_reconstruct_says_what_the_decoder_reads_where_that_is_asked_for(icae, checkpoint, slots, text):
+    _, out, _ = icae("reconstruct", slots, "--model", checkpoint, "--json", "--against", text, "--no-refine")
+    result = json.loads(out)
+    assert result["bleu"] == result["greedy_bleu"] and "verified" not in result
+    streamed = icae("reconstruct", slots, "--model", checkpoint, "--no-refine")[1]
+    assert streamed.strip() == result["text"].strip()
 
 
 def test_ask_answers_from_slots_and_from_full_text(icae, checkpoint, slots, text):

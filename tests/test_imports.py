@@ -21,12 +21,14 @@ LEVELS = {
     "decoder": 3,
     "objectives": 3,
     "baselines": 3,
-    "model": 4,
-    "checkpoint": 5,
-    "data": 5,
-    "triples": 6,
-    "train": 7,
-    "qa": 7,
+    "probe": 4,
+    "refine": 5,
+    "model": 6,
+    "checkpoint": 7,
+    "data": 7,
+    "triples": 8,
+    "train": 9,
+    "qa": 9,
 }
 """The core, from left to right: each room imports only rooms of a lower number, and nothing outside the core."""
 LATE = {("model", "checkpoint")}

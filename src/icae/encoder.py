@@ -141,6 +141,13 @@ class Encoder(nn.Module):
         tokens = real.sum(2).clamp(min=1).to(context_BLD.dtype)
         return (blocks * real).sum(2) / tokens.sqrt() + memory
 
+    @property
+    def read_from(self) -> str:
+        """Where slots are read from: `layers` (each of them), `memory` (the memory token, with or without the output), `output`."""
+        if self.config.kind == "kv":
+            return "layers"
+        return "output" if self.config.readout == "last" else "memory"
+
     def memory_of(self, blocks_P: Tensor, context_PMD: Tensor, real_PM: Tensor, ratio: int) -> Tensor:
         """Return the memory token, (P, 1, D), of each of P single blocks: their numbers, token embeddings, and which of these are real."""
         if self.config.memory == "learned":
@@ -152,7 +159,7 @@ class Encoder(nn.Module):
 
         `moved_BK` tells how many positions each slot is moved by, from where it was encoded to where it is read.
         """
-        if self.config.kind == "kv":
+        if self.read_from == "layers":
             return self._read_keys_and_values(output, start, moved_BK)
         return {"embeddings": self._read_hidden_states(output, start, memory_BKD)}
 

@@ -24,7 +24,7 @@ from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker, collate, padded
-from icae.refine import HIDDEN, TOLERANCE, plan, refine
+from icae.refine import TOLERANCE, refine
 from icae.segments import alike, cut
 from icae.slots import MemorySlots, Origin, SlotBatch
 
@@ -337,7 +337,7 @@ class ICAE(nn.Module):
 
     def refines(self, wanted: bool | None = None) -> bool:
         """Return `wanted`; where it is none, whether refining is quick enough to be done unasked."""
-        return plan(self.encoder) is not HIDDEN if wanted is None else wanted
+        return self.encoder.read_from != "output" if wanted is None else wanted
 
     def refine_ids(
         self, slots: Sequence[MemorySlots], ids: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None

@@ -60,7 +60,7 @@ class Probe:
 
         self.encoder, self.ids, self.ratio, self.depth = encoder, list(ids), ratio, depth
         self.layout = positions(encoder.config.layout, len(self.ids), ratio)
-        self.layers = _first_layers(encoder.peft.get_base_model().get_decoder(), depth if encoder.config.kind == "kv" else None)
+        self.layers = _first_layers(encoder.peft.get_base_model().get_decoder(), depth if encoder.read_from == "layers" else None)
         self.wanted = {name: _by_layer(t, depth) for name, t in wanted.items()}
         self.embed = encoder.peft.get_input_embeddings()
         self.device = self.embed.weight.device

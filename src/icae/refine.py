@@ -55,19 +55,13 @@ class Plan:
     """One after the other, for each number of choices; the last one looks at all layers."""
 
 
-KV = Plan((4, 16), (Search(2, 0, False), Search(8, 1, True), Search(None, 1, True)))
-"""Some orders show in the last layers only, for which few blocks are left by then."""
-MEMORY = Plan((16, 64), (Search(0, 0, False), Search(0, 0, True)))
-"""Of embedding slots that are read off the memory token, too: a change costs next to nothing."""
-HIDDEN = Plan((4,), (Search(None, 0, False), Search(None, 0, True)))
-"""Of those that are read off the last layer alone: slow."""
-
-
-def plan(encoder: Encoder) -> Plan:
-    """Return how an encoder's slots are put right."""
-    if encoder.config.kind == "kv":
-        return KV
-    return HIDDEN if encoder.config.readout == "last" else MEMORY
+PLANS = {
+    "layers": Plan((4, 16), (Search(2, 0, False), Search(8, 1, True), Search(None, 1, True))),
+    "memory": Plan((16, 64), (Search(0, 0, False), Search(0, 0, True))),
+    "output": Plan((4,), (Search(None, 0, False), Search(None, 0, True))),
+}
+"""By where the encoder reads slots from (`Encoder.read_from`). Some orders show in the last layers only, for which few blocks are left by
+then; changes of a memory token cost next to nothing; those of the output are slow."""
 
 
 @torch.no_grad()
@@ -85,7 +79,7 @@ def refine(encoder: Encoder, slots: MemorySlots, ids: Sequence[int], choices: Ch
     choices : callable
         What the decoder would say at each place.
     by : Plan, optional
-        How; none: the encoder's `plan`.
+        How; none: as `PLANS` has it for the encoder.
 
     Returns
     -------
@@ -95,7 +89,7 @@ def refine(encoder: Encoder, slots: MemorySlots, ids: Sequence[int], choices: Ch
         How far their slots are from the given ones: the worst slot's relative squared distance, over all layers. Up to `TOLERANCE` the
         text is almost surely the one that was compressed.
     """
-    length, by = slots.tokens, by or plan(encoder)
+    length, by = slots.tokens, by or PLANS[encoder.read_from]
     found = [*ids, *[ids[-1] if ids else 0] * length][:length]
     mismatch = float("inf")
     for width in by.choices:
