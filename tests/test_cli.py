@@ -186,7 +186,7 @@ def test_demo_runs_on_any_file_and_prints_for_people(icae, checkpoint, text):
     code, out, _ = icae("demo", text, "--model", checkpoint, "-q", "Who painted the door?")
     assert code == 0
     assert all(words in out for words in ("memory slots", "BLEU", "Who painted the door?", "nothing", "peak"))
-    code, out, _ = icae("demo", text, "--model", checkpoint, "--json")
+    code, out, _ = icae("demo", text, "--model", checkpoint, "--json", "--refine")
     result = json.loads(out)
     assert {"compress", "reconstruct", "continue", "ask"} <= result.keys()
     assert all(result[step]["seconds"] > 0 and result[step]["memory_mb"] > 0 for step in ("compress", "reconstruct", "continue"))

@@ -49,6 +49,9 @@ Overrides = Annotated[
 def demo(
     source: Annotated[str | None, typer.Argument(help="A text file. [default: a sample that ships]", show_default=False)] = None,
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question to ask; may be repeated.")] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Put right what was read back, as `icae reconstruct` does: takes longer.")
+    ] = False,
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
@@ -58,7 +61,7 @@ def demo(
     from icae.demo import run, show
 
     icae = load_model(model, base, device)
-    results = run(icae, None if source is None else _text(source), question or None, progress=say)
+    results = run(icae, None if source is None else _text(source), question or None, refine=refine, progress=say)
     print_results(results, as_json, lambda: show(results))
 
 

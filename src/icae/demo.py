@@ -26,7 +26,14 @@ ANSWER_TOKENS = 48
 CONTINUATION_TOKENS = 48
 
 
-def run(model: ICAE, text: str | None, questions: list[str] | None, *, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def run(
+    model: ICAE,
+    text: str | None,
+    questions: list[str] | None,
+    *,
+    refine: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """Do it all on one text.
 
     Parameters
@@ -37,6 +44,8 @@ def run(model: ICAE, text: str | None, questions: list[str] | None, *, progress:
         None: the sample that ships.
     questions : list of str, optional
         None: two that suit the sample, or two that suit any text.
+    refine : bool
+        Whether what was read back is compressed again and put right.
     progress : callable
         Called with a line before each step.
 
@@ -55,7 +64,7 @@ def run(model: ICAE, text: str | None, questions: list[str] | None, *, progress:
     greedy, read = _timed(lambda: model.reconstruct_ids([slots])[0])
     loss, accuracy = score_reconstruction(model, slots, ids)
     back, refining = greedy, {}
-    if model.refines():
+    if refine:
         progress("compressing that again, and putting it right where the slots differ ...")
         (refined,), cost = _timed(lambda: model.refine_ids([slots], [greedy]))
         back, refining = refined.ids, {"refine": {"verified": refined.verified, **cost}}
