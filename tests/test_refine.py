@@ -86,11 +86,12 @@ def test_the_text_of_several_segments_is_put_right_segment_by_segment(base, monk
     model = make_icae(base, stirred=0.1, segment_length=12).eval()
     (ids,) = random_ids(30)
     (slots,) = model.compress_ids([ids])
-    wrong = [*ids]
-    wrong[4], wrong[25] = 40, 41
+    read = [ids[:8], ids[8:20], ids[20:]]
+    assert [len(row) for row in read] == [part.tokens for part in slots.split()]
+    read[0], read[2] = read[0][:-1], [*read[2][:5], 41, *read[2][6:]]  # the first ended early
     ticks = []
     monkeypatch.setattr(model, "_choices", lambda part, found, count: [[*ids]] * len(found))
-    (refined,) = model.refine_ids([slots], [wrong], progress=lambda *at: ticks.append(at))
+    (refined,) = model.refine_ids([slots], [read], progress=lambda *at: ticks.append(at))
     assert refined.ids == ids and refined.verified and len(refined.mismatches) == 3
     assert ticks == [(1, 3), (2, 3), (3, 3)]
 
@@ -99,7 +100,7 @@ def test_reconstruct_refines_kv_slots_unless_told_not_to(base, monkeypatch):
     model = make_icae(base, kind="kv", stirred=0.1, segment_length=24)
     (ids,) = random_ids(N)
     (slots,) = model.compress_ids([ids])
-    monkeypatch.setattr(model, "reconstruct_ids", lambda slots, batch_size: [ids[1:2] + ids[:1] + ids[2:]])
+    monkeypatch.setattr(model, "read_segments", lambda slots, batch_size: [[ids[1:2] + ids[:1] + ids[2:]]])
     assert model.reconstruct(slots) == model.base.decode(ids)
     assert model.reconstruct(slots, refine=False) != model.base.decode(ids)
     assert not make_icae(base, kind="embedding").refines()

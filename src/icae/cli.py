@@ -121,11 +121,14 @@ def reconstruct(
     if original is None and not as_json and not refines:
         _stream(icae.stream_reconstruction(loaded))
         return
-    ids = greedy = icae.reconstruct_ids([loaded])[0]
+    from icae.model import joined
+
+    read = icae.read_segments([loaded])
+    ids = greedy = joined(read[0])
     results: dict[str, Any] = {}
     if refines:
         with progress("refining", "segments") as tick:
-            (refined,) = icae.refine_ids([loaded], [greedy], progress=tick)
+            (refined,) = icae.refine_ids([loaded], read, progress=tick)
         ids, results["verified"] = refined.ids, refined.verified
     results = {"text": icae.base.decode(ids), **results}
     if original is not None:
@@ -143,13 +146,10 @@ def reconstruct(
         }
 
     def plain() -> None:
-        from icae.refine import TOLERANCE
-
         print(results["text"])
         about = [f"{name} {value:.4g}" for name, value in results.items() if name not in ("text", "verified")]
         if refines:
-            doubtful = sum(m > TOLERANCE for m in refined.mismatches)
-            said = f"of {len(refined.mismatches)} segments {doubtful} may differ from the text compressed"
+            said = f"of {len(refined.mismatches)} segments {refined.doubtful} may differ from the text compressed"
             about.append("verified: compressed again, it has these very slots" if results["verified"] else said)
         print("  ".join(about), file=sys.stderr)
 

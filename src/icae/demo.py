@@ -17,7 +17,7 @@ from typing import Any
 from icae.errors import ICAEError
 from icae.evaluate import score_reconstruction
 from icae.metrics import bleu, exact_match
-from icae.model import ICAE
+from icae.model import ICAE, joined
 
 SAMPLE = Path(__file__).parent / "samples" / "handbook.txt"
 QUESTIONS = ["Which oil should be used for the main bearing?", "When does the small bell ring?"]
@@ -61,12 +61,13 @@ def run(
     progress(f"compressing {len(ids)} tokens ...")
     slots, compressed = _timed(lambda: model.compress_ids([ids])[0])
     progress(f"reading {slots.count} slots back ...")
-    greedy, read = _timed(lambda: model.reconstruct_ids([slots])[0])
+    segments, read = _timed(lambda: model.read_segments([slots]))
+    greedy = joined(segments[0])
     loss, accuracy = score_reconstruction(model, slots, ids)
     back, refining = greedy, {}
     if refine:
         progress("compressing that again, and putting it right where the slots differ ...")
-        (refined,), cost = _timed(lambda: model.refine_ids([slots], [greedy]))
+        (refined,), cost = _timed(lambda: model.refine_ids([slots], segments))
         back, refining = refined.ids, {"refine": {"verified": refined.verified, **cost}}
     again = model.base.decode(back)
     progress("continuing ...")

@@ -1,7 +1,7 @@
 """Held-out figures of a model: how well slots are read back, continued, and asked.
 
 Each function draws its samples from (seed, length) alone, so that two models, or two machines, are measured on the same texts. What is
-measured goes through the same `compress_ids`, `reconstruct_ids`, `refine_ids` and `answers` that the command line and the server call.
+measured goes through the same `compress_ids`, `read_segments`, `refine_ids` and `answers` that the command line and the server call.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 from icae.data import Corpus
 from icae.errors import ICAEError
 from icae.metrics import bleu, exact_match, interval, perplexity
-from icae.model import ICAE, Refined
+from icae.model import ICAE, joined
 from icae.objectives import Example, Marker
+from icae.refine import Refined
 from icae.slots import MemorySlots
 
 Progress = Callable[[int, int], None]
@@ -56,10 +57,10 @@ def autoencoding(
             slots = model.compress_ids(part, ratio=ratio)
             counts += [s.count for s in slots]
             scores += [score_reconstruction(model, s, ids) for s, ids in zip(slots, part, strict=True)]
-            made += model.reconstruct_ids(slots, batch_size=batch_size)
-            for i, s in enumerate(slots, start):
+            for i, (s, read) in enumerate(zip(slots, model.read_segments(slots, batch_size=batch_size), strict=True), start):
+                made.append(joined(read))
                 if model.refines(refine):
-                    refined += model.refine_ids([s], [made[i]])
+                    refined += model.refine_ids([s], [read])
                 if progress is not None:
                     progress(at * samples + i + 1, len(lengths) * samples)
         row = {

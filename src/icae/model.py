@@ -24,7 +24,7 @@ from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker, collate, padded
-from icae.refine import TOLERANCE, refine
+from icae.refine import Refined, refine
 from icae.segments import alike, cut
 from icae.slots import MemorySlots, Origin, SlotBatch
 
@@ -42,20 +42,6 @@ class Sampling:
 
 
 GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class Refined:
-    """A reconstruction that was compressed again."""
-
-    ids: list[int]
-    mismatches: list[float]
-    """Of each segment, how far its slots are from those it was read from: the worst slot's relative squared distance."""
-
-    @property
-    def verified(self) -> bool:
-        """Whether its slots are the given ones, so that it is almost surely the text that was compressed."""
-        return max(self.mismatches) <= TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -314,14 +300,17 @@ class ICAE(nn.Module):
         `refine` is true; none: where that is quick (`refines`).
         """
         many = [slots] if isinstance(slots, MemorySlots) else list(slots)
-        made = self.reconstruct_ids(many, batch_size=batch_size)
-        if self.refines(refine):
-            made = [refined.ids for refined in self.refine_ids(many, made)]
+        read = self.read_segments(many, batch_size=batch_size)
+        made = [r.ids for r in self.refine_ids(many, read)] if self.refines(refine) else [joined(rows) for rows in read]
         texts = [self.base.decode(ids) for ids in made]
         return texts[0] if isinstance(slots, MemorySlots) else texts
 
     def reconstruct_ids(self, slots: Sequence[MemorySlots], *, batch_size: int = 16) -> list[list[int]]:
-        """Give token ids back as the decoder reads them from the slots, greedily.
+        """Give token ids back as the decoder reads them from the slots, greedily."""
+        return [joined(rows) for rows in self.read_segments(slots, batch_size=batch_size)]
+
+    def read_segments(self, slots: Sequence[MemorySlots], *, batch_size: int = 16) -> list[list[list[int]]]:
+        """Give the ids of each context's segments back as the decoder reads them, greedily.
 
         Every segment is read back alone, from its own slots, many at a time; each at most as long as it was.
         """
@@ -333,25 +322,26 @@ class ICAE(nn.Module):
             rows = parts[at : at + batch_size]
             made += self._collect(rows, [[]] * len(rows), Marker.AE, [p.tokens for p in rows], GREEDY)
         numbers = iter(made)
-        return [[i for _ in s.segments for i in next(numbers)] for s in slots]
+        return [[next(numbers) for _ in s.segments] for s in slots]
 
     def refines(self, wanted: bool | None = None) -> bool:
         """Return `wanted`; where it is none, whether refining is quick enough to be done unasked."""
         return self.encoder.read_from != "output" if wanted is None else wanted
 
     def refine_ids(
-        self, slots: Sequence[MemorySlots], ids: Sequence[Sequence[int]], *, progress: Callable[[int, int], None] | None = None
+        self, slots: Sequence[MemorySlots], read: Sequence[Sequence[list[int]]], *, progress: Callable[[int, int], None] | None = None
     ) -> list[Refined]:
         """Compress reconstructions again, and put them right where their slots differ from the given ones (refine.py).
 
-        A segment takes about as long as reading it alone does; with embedding slots that are read off the last layer alone, much longer.
+        With kv slots a segment takes about as long as reading it alone does, with embedding slots several times that, and much longer where
+        these are read off the last layer alone.
 
         Parameters
         ----------
         slots : sequence of MemorySlots
             What the texts were read from.
-        ids : sequence of sequences of int
-            What `reconstruct_ids` gave back.
+        read : sequence of sequences of list of int
+            What `read_segments` gave back.
         progress : callable, optional
             Called with (segments done, segments in all).
         """
@@ -359,16 +349,14 @@ class ICAE(nn.Module):
             self.check(s)
         self.eval()
         refined, done, total = [], 0, sum(len(s.segments) for s in slots)
-        for s, row in zip(slots, ids, strict=True):
-            found: list[int] = []
-            mismatches = []
-            for part in s.to(self.base.device).split():
-                mine, distance = refine(self.encoder, part, row[len(found) : len(found) + part.tokens], partial(self._choices, part))
-                mismatches.append(distance)
-                found, done = found + mine, done + 1
+        for s, rows in zip(slots, read, strict=True):
+            segments = []
+            for part, row in zip(s.to(self.base.device).split(), rows, strict=True):
+                segments.append(refine(self.encoder, part, row, partial(self._choices, part)))
+                done += 1
                 if progress is not None:
                     progress(done, total)
-            refined.append(Refined(found, mismatches))
+            refined.append(Refined(joined([ids for ids, _ in segments]), [mismatch for _, mismatch in segments]))
         return refined
 
     @torch.no_grad()
@@ -377,7 +365,7 @@ class ICAE(nn.Module):
         data: Any = collate([Example([], Marker.AE, [], ids)])
         names = ("markers", "text_ids", "real", "scored")
         logits, _ = self._target_logits(SlotBatch.pad([slots]), *(data[name].to(self.base.device) for name in names))
-        return logits[0, : len(ids)].topk(count).indices.tolist()
+        return logits[0, : len(ids)].topk(min(count, logits.shape[-1])).indices.tolist()
 
     def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:
         """Continue the text that the slots stand for, by `max_new_tokens`."""
@@ -564,6 +552,11 @@ class ICAE(nn.Module):
                 f"slots and prompt take {used} positions and the response {wanted} more, but {self.config.base} has "
                 f"{self.base.max_positions}; shorten the prompt, the context or max_new_tokens"
             )
+
+
+def joined(segments: Iterable[list[int]]) -> list[int]:
+    """Return the ids of all segments in one list."""
+    return [i for segment in segments for i in segment]
 
 
 def _means(values: Tensor, weights: Tensor) -> Tensor:

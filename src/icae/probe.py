@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from icae.encoder import Encoder
+from icae.objectives import padded
 from icae.segments import positions
 
 ROWS = 128
@@ -67,14 +68,12 @@ class Probe:
         count = len(self.layout.memory)
         context = self.embed(torch.tensor([self.ids], device=self.device))
         real = torch.ones(context.shape[:2], dtype=torch.bool, device=self.device)
-        self.memory = encoder.memory_tokens(context, real, count, ratio)
+        memory = encoder.memory_tokens(context, real, count, ratio)
         self.cache: Any = DynamicCache()
         places = torch.tensor([self.layout.context + self.layout.memory], device=self.device)
-        output = self.layers(
-            inputs_embeds=torch.cat([context, self.memory], 1), position_ids=places, past_key_values=self.cache, use_cache=True
-        )
+        output = self.layers(inputs_embeds=torch.cat([context, memory], 1), position_ids=places, past_key_values=self.cache, use_cache=True)
         self.hidden = output.last_hidden_state[0, len(self.ids) :]
-        made = encoder.read(output, len(self.ids), self._moved(range(count))[None], self.memory)
+        made = encoder.read(output, len(self.ids), self._moved(range(count))[None], memory)
         self.distances = self._compare({name: t[0] for name, t in made.items()}, range(count))
         """(k,) float32: each slot's squared distance from the one wanted, relative to its size; the mean over layers."""
 
@@ -93,13 +92,22 @@ class Probe:
         from transformers import DynamicCache
 
         n, k, ratio, width = len(self.ids), len(self.layout.memory), self.ratio, max(len(c.tokens) for c in changes)
-        ids = torch.zeros(len(changes), width, dtype=torch.long)
+        chosen = [c.block for c in changes]
+        moved = self._moved(chosen)[:, None]
+        context = self.embed(padded([list(c.tokens) for c in changes]).to(self.device))
+        blocks = torch.tensor(chosen, device=self.device)
+        own = torch.tensor([min(ratio, len(c.tokens)) for c in changes], device=self.device)
+        first = min(ratio, width)
+        memory = self.encoder.memory_of(blocks, context[:, :first], torch.arange(first, device=self.device) < own[:, None], ratio)
+        if self.depth == 0:
+            unchanged = SimpleNamespace(last_hidden_state=self.hidden[blocks][:, None])
+            made = self.encoder.read(unchanged, 0, moved, memory)
+            return self._compare({name: t[:, 0] for name, t in made.items()}, chosen)
         places = torch.zeros(len(changes), width + 1, dtype=torch.long)
         seen = torch.zeros(len(changes), width + 1, n + k + width + 1, dtype=torch.bool)
         seen[:, :, n + k :] = torch.ones(width + 1, width + 1, dtype=torch.bool).tril()
         for row, change in enumerate(changes):
             begin, length = change.block * ratio, len(change.tokens)
-            ids[row, :length] = torch.tensor(change.tokens)
             places[row, :length] = torch.tensor(self.layout.context[begin : begin + length])
             places[row, width] = self.layout.memory[change.block]
             seen[row, :width, :begin] = True
@@ -107,17 +115,7 @@ class Probe:
             seen[row, width, begin : begin + length] = False  # these stand anew
             seen[row, width, n : n + change.block] = True
             seen[row, width, n + k + length : n + k + width] = False
-        ids, places, seen = ids.to(self.device), places.to(self.device), seen.to(self.device)
-        context = self.embed(ids)
-        blocks = torch.tensor([c.block for c in changes], device=self.device)
-        own = torch.tensor([min(ratio, len(c.tokens)) for c in changes], device=self.device)
-        first = min(ratio, width)
-        memory = self.encoder.memory_of(blocks, context[:, :first], torch.arange(first, device=self.device) < own[:, None], ratio)
-        chosen = [c.block for c in changes]
-        if self.depth == 0:
-            unchanged = SimpleNamespace(last_hidden_state=self.hidden[blocks][:, None])
-            made = self.encoder.read(unchanged, 0, self._moved(chosen)[:, None], memory)
-            return self._compare({name: t[:, 0] for name, t in made.items()}, chosen)
+        places, seen = places.to(self.device), seen.to(self.device)
         cache: Any = DynamicCache()
         for i, layer in enumerate(self.cache.layers):
             cache.update(layer.keys.expand(len(changes), -1, -1, -1), layer.values.expand(len(changes), -1, -1, -1), i)
@@ -129,7 +127,7 @@ class Probe:
             past_key_values=cache,
             use_cache=True,
         )
-        made = self.encoder.read(output, -1, self._moved(chosen)[:, None], memory)
+        made = self.encoder.read(output, -1, moved, memory)
         return self._compare({name: t[:, 0] for name, t in made.items()}, chosen)
 
     def _moved(self, blocks: Sequence[int] | range) -> Tensor:

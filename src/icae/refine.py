@@ -55,6 +55,25 @@ class Plan:
     """One after the other, for each number of choices; the last one looks at all layers."""
 
 
+@dataclass(frozen=True)
+class Refined:
+    """A reconstruction that was compressed again."""
+
+    ids: list[int]
+    mismatches: list[float]
+    """Of each segment, how far its slots are from those it was read from: the worst slot's relative squared distance."""
+
+    @property
+    def doubtful(self) -> int:
+        """Segments whose slots differ still."""
+        return sum(not m <= TOLERANCE for m in self.mismatches)
+
+    @property
+    def verified(self) -> bool:
+        """Whether its slots are the given ones, so that it is almost surely the text that was compressed."""
+        return not self.doubtful
+
+
 PLANS = {
     "layers": Plan((4, 16), (Search(2, 0, False), Search(8, 1, True), Search(None, 1, True))),
     "memory": Plan((16, 64), (Search(0, 0, False), Search(0, 0, True))),
@@ -128,7 +147,7 @@ def _search(search: Search, encoder: Encoder, slots: MemorySlots, ids: list[int]
 def _apply(probe: Probe, gains: list[tuple[float, Change]], look: Callable[[list[int]], Probe]) -> Probe | None:
     """Return what all changes together lead to, or what the first alone does, whichever is better; none: neither helps."""
     trials = [probe]
-    for count in {len(gains), min(1, len(gains))}:
+    for count in {len(gains), 1} if gains else ():
         ids = list(probe.ids)
         for _, change in gains[:count]:
             begin = change.block * probe.ratio
