@@ -12,6 +12,7 @@ LEVELS = {
     "config": 1,
     "segments": 1,
     "matmul": 1,
+    "packed": 2,
     "muon": 1,
     "chat": 1,
     "metrics": 1,

@@ -43,7 +43,7 @@ def build(
     from itertools import islice
 
     from icae.data import documents
-    from icae.matmul import fast_linear
+    from icae.packed import packed_linear
     from icae.pwc.build import Budget
     from icae.pwc.build import build as build_triples
     from icae.pwc.passages import chosen, passages
@@ -60,7 +60,7 @@ def build(
     if not drawn:
         raise ICAEError(f"{source} holds no passage of {least} to {most} characters; try other --least and --most")
     asked = _teacher(teacher, url, prompts, answer_tokens, temperature, together, seed, base, device)
-    with progress("asking", "passages") as tick, fast_linear():
+    with progress("asking", "passages") as tick, packed_linear():
         budget = Budget(max_requests, max_tokens, minutes)
         counts = build_triples(drawn, out, asked, budget, test_share=test_share, progress=tick)
     if as_json:

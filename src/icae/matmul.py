@@ -27,22 +27,36 @@ def fast_linear() -> Iterator[bool]:
     if not numpy_is_faster():
         yield False
         return
-    original, threads = torch.nn.functional.linear, torch.get_num_threads()
+    threads = torch.get_num_threads()
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(original: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if not plain:
             return original(x, weight, bias)
         y = _Linear.apply(x, weight) if torch.is_grad_enabled() else _forward(x, weight)
         return y if bias is None else y + bias
 
-    torch.nn.functional.linear = linear  # type: ignore[assignment]
     torch.set_num_threads(1)
     try:
-        yield True
+        with lend_linear(linear):
+            yield True
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def lend_linear(linear: Callable[..., Tensor]) -> Iterator[None]:
+    """Have `linear(original, x, weight, bias)` do what `torch.nn.functional.linear`, its first argument, did until now."""
+    original = torch.nn.functional.linear
+
+    def lent(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(original, input, weight, bias)
+
+    torch.nn.functional.linear = lent  # type: ignore[assignment]
+    try:
+        yield
     finally:
         torch.nn.functional.linear = original
-        torch.set_num_threads(threads)
 
 
 @cache

@@ -36,12 +36,12 @@ lent = ExitStack()
 
 
 def load_model(model: str | None, base: str | None, device: str) -> ICAE:
-    """Load a checkpoint, to run with the faster matrix product; errors as for `ICAE.from_pretrained`."""
-    from icae.matmul import fast_linear
+    """Load a checkpoint, to run with the fastest matrix products there are; errors as for `ICAE.from_pretrained`."""
     from icae.model import ICAE
+    from icae.packed import packed_linear
 
     lent.close()
-    lent.enter_context(fast_linear())
+    lent.enter_context(packed_linear())
     return ICAE.from_pretrained(model, base=base, device=device)
 
 

@@ -24,7 +24,7 @@ from icae.experiments import EXPERIMENTS
 from icae.experiments.context import Context
 from icae.experiments.table import Table
 from icae.figures import draw
-from icae.matmul import fast_linear
+from icae.packed import packed_linear
 from icae.report import commit, machine
 from icae.slots import write_together
 
@@ -107,7 +107,7 @@ def _one(context: Context, name: str, module: ModuleType, settings: dict[str, An
             return KEPT
         context.say(f"{name}: {EXPERIMENTS[name]} ...")
         run: Callable[..., Table] = module.run
-        with fast_linear():
+        with packed_linear():
             table = run(context, **settings)
         measured = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "seconds": round(time.monotonic() - begin, 1)}
         table = dataclasses.replace(table, settings=settings, provenance={**origin, **measured})
