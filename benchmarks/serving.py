@@ -34,7 +34,8 @@ from icae.chat import chat_prompt
 from icae.metrics import bleu, interval
 from icae.model import GREEDY
 from icae.report import commit, write_report
-from icae.server.batch import Batch, Prefixes, prefill
+from icae.server.batch import Batch
+from icae.server.prefix import Prefixes, prefill
 
 QUESTIONS = [
     "What is this text about?",

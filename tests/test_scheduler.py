@@ -10,8 +10,10 @@ from tiny import make_icae, random_ids
 from icae.errors import ICAEError
 from icae.model import GREEDY, Sampling
 from icae.objectives import Marker
-from icae.server import batch as batch_room
-from icae.server.batch import Batch, Prefixes, prefill
+from icae.server import prefix as prefix_room
+from icae.server.batch import Batch
+from icae.server.prefix import Prefixes, prefill
+from icae.server.row import Row
 from icae.server.scheduler import Closing, Done, Failed, Full, Job, Scheduler, Token
 from icae.slots import MemorySlots
 
@@ -55,7 +57,7 @@ def model(base, kind):
 
 @pytest.mark.parametrize("guesses", [0, 3])
 def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch, guesses):
-    monkeypatch.setattr(batch_room, "PREFILL", 7)
+    monkeypatch.setattr(prefix_room, "PREFILL", 7)
     asked = requests(model, 14)
     batch, waiting, rows, steps = Batch(model, guesses), list(range(14)), {}, 0
     while waiting or batch.rows:
@@ -146,7 +148,7 @@ def test_guesses_change_no_answer_and_save_steps_where_they_are_right(model, mon
         n = len(row.ids)
         return [i if at != wrong else (i + 1) % 300 for at, i in enumerate(due[n : min(n + most, row.limit - 1)])]
 
-    monkeypatch.setattr(batch_room.Row, "guess", guess)
+    monkeypatch.setattr(Row, "guess", guess)
     batch.join(row)
     while row.finished is None:
         batch.step()

@@ -21,7 +21,8 @@ from typing import Any
 
 from icae.errors import ICAEError
 from icae.model import ICAE
-from icae.server.batch import Batch, Row
+from icae.server.batch import Batch
+from icae.server.row import Row
 
 log = logging.getLogger("icae.server")
 

@@ -21,8 +21,9 @@ from icae.chat import encode, render
 from icae.errors import ICAEError
 from icae.model import ICAE, Sampling
 from icae.objectives import Example, Marker
-from icae.server.batch import Prefix, Prefixes, Row, check_positions, prefill
 from icae.server.limits import Limits
+from icae.server.prefix import Prefix, Prefixes, check_positions, prefill
+from icae.server.row import Row
 from icae.server.schemas import ContextPart, Message, Reading, ReadToken, Saved, TextPart, Usage
 from icae.slots import MemorySlots
 from icae.store import Added, SlotStore
