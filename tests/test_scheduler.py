@@ -50,6 +50,17 @@ def requests(model, count, seed=0):
     return made
 
 
+def guess_now_and_then_wrongly(monkeypatch, answers):
+    """Have every row guess what its answer goes on with: as many tokens as its last id says, and as often wrongly."""
+
+    def guess(row, most):
+        due = next(a for a in answers if a[: len(row.ids)] == row.ids)
+        right = due[len(row.ids) : len(row.ids) + min(most, row.ids[-1] % 5, row.limit - len(row.ids) - 1)]
+        return [*right[:-1], (right[-1] + row.ids[-1] % 2) % 300] if right else []
+
+    monkeypatch.setattr(Row, "guess", guess)
+
+
 @pytest.fixture
 def model(base, kind):
     return make_icae(base, kind=kind, stirred=0.05)
@@ -76,10 +87,12 @@ def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch, guesses):
     assert batch.layers == []
 
 
-def test_families_with_sliding_windows_answer_as_alone(family_base):
+@pytest.mark.parametrize("guesses", [0, 4])
+def test_families_with_sliding_windows_answer_as_alone(family_base, monkeypatch, guesses):
     model = make_icae(family_base, kind="embedding", stirred=0.05)
     asked = [{**r, "limit": 30} for r in requests(model, 5)]
-    batch, rows = Batch(model), [finish(begin(model, **a)) for a in asked]
+    guess_now_and_then_wrongly(monkeypatch, [alone(model, **a) for a in asked])
+    batch, rows = Batch(model, guesses), [finish(begin(model, **a)) for a in asked]
     for row in rows:
         if row.finished is None:
             batch.join(row)
@@ -158,6 +171,32 @@ def test_guesses_change_no_answer_and_save_steps_where_they_are_right(model, mon
     assert steps == -(-(len(due) - 1) // (1 + min(wrong, 4))) + (row.finished == "stop" and not (len(due) - 1) % (1 + min(wrong, 4)))
 
 
+def test_rows_that_guess_together_answer_as_alone_and_their_gaps_are_closed(model, monkeypatch):
+    asked = [{**r, "limit": 150, "sampling": GREEDY} for r in requests(model, 4)]
+    answers, sizes = [alone(model, **a) for a in asked], []
+    guess_now_and_then_wrongly(monkeypatch, answers)
+    batch, rows = Batch(model, 4), [finish(begin(model, **a)) for a in asked]
+    for row in rows:
+        batch.join(row)
+    while batch.rows:
+        batch.step()
+        sizes.append((batch.end - batch.low, max(batch.counts)))
+        assert batch.read[: len(batch.rows)].sum(1).tolist() == batch.counts
+        for row in [r for r in batch.rows if r.finished is not None]:
+            batch.leave(row)
+    assert [r.ids for r in rows] == answers
+    assert len(sizes) < max(map(len, answers)) - 1 and any(span > own for span, own in sizes)
+    assert all(span <= own * 5 // 4 + 64 + 5 for span, own in sizes)
+
+
+def test_a_full_batch_guesses_little_so_that_a_step_stays_short(model):
+    batch, asked = Batch(model, 8), []
+    for count in (1, 2, 8, 40):
+        batch.rows = [None] * count
+        asked.append(batch._ahead())
+    assert asked == [8, 8, 4, 0]
+
+
 def test_guesses_are_what_came_next_before(model):
     row = finish(begin(model, [5, 6, 7, 8, 5, 9], limit=30))
     row.prompt, row.ids = [1, 2, 3, 4, 5, 9, 2, 3], [6, 5, 9]
@@ -205,7 +244,7 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
     row = finish(prefill(model, prefix, Marker.FT, model.base.embed(torch.tensor(first)), 12, GREEDY, first))
     prefixes.follow("x", prefix, Marker.FT, first, row)  # was dropped meanwhile
     assert list(prefixes.kept) == ["y"]
-    monkeypatch.setattr(batch_room, "FOLLOWED", 5)
+    monkeypatch.setattr(prefix_room, "FOLLOWED", 5)
     prefixes.follow("y", prefix, Marker.FT, first, row)
     assert prefixes.kept["y"].layers[0][0].shape[2] == slots.count + lead + 5 and prefixes.kept["y"].read == tuple(first[:5])
 

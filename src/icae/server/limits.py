@@ -17,7 +17,7 @@ class Limits:
 
     max_rows: int = setting(16, "Requests that the model works on at once.")
     guesses: int = setting(
-        8, "Tokens that a request which is alone guesses ahead at each step, from what was said before; answers stay the same. 0: none."
+        8, "Tokens that a request guesses ahead at each step, from what was said before, at most; answers stay the same. 0: none."
     )
     max_queue: int = setting(64, "Requests of one key that may wait; past it: 429.")
     max_body: int = setting(16 << 20, "Bytes of a request body, at most.")

@@ -3,7 +3,7 @@
 An iteration of the thread:   forget what was cancelled or is too late
                               take new jobs, one of each tenant in turn, while there is room
                               let one job in preparation do its next piece (a batch of segments, 128 tokens of a prompt)
-                              one step of all rows that generate; a row that is alone guesses ahead
+                              one step of all rows that generate, which guess ahead
 
 So a new request joins the others' batch at the next step, and a long text that is being compressed holds nobody up for longer than
 one piece. (Iteration-level scheduling: Orca, Yu et al., OSDI 2022.)
@@ -119,7 +119,7 @@ class Scheduler:
         max_queue : int
             Jobs of one tenant that may wait.
         guesses : int
-            Tokens that a row which is alone guesses ahead at each step, at most.
+            Tokens that a row guesses ahead at each step, at most.
         """
         self.batch, self.max_rows, self.max_queue = Batch(model, guesses), max_rows, max_queue
         self.waiting: dict[str, deque[Job]] = {}
@@ -278,7 +278,7 @@ class Scheduler:
             self._broken(job)
 
     def _step(self) -> None:
-        """Generate a token for each row, or several for one that is alone."""
+        """Generate a token for each row, or several where it guessed right."""
         if not self.running:
             return
         self.steps, self.step_rows = self.steps + 1, self.step_rows + len(self.running)
