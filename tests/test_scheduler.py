@@ -321,6 +321,18 @@ def test_a_generation_goes_on_while_another_job_prepares(scheduler):
     assert log[first:last].count("token") >= 10
 
 
+def test_while_more_wait_than_generate_those_who_are_ready_begin_together(base):
+    model = make_icae(base, stirred=0.05)
+    idle, running = Scheduler(model, max_rows=9, max_queue=9), []
+    for i in range(7):
+        idle.submit(Job(begin(model, random_ids(5, seed=i)[0], limit=20), lambda event: None))
+    idle.submit(Job(pieces(3), lambda event: None))
+    for _ in range(6):
+        idle._admit(), idle._prepare()
+        running.append(len(idle.running))
+    assert running == [4, 5, 6, 7, 7, 7]
+
+
 def test_tenants_take_turns(scheduler):
     log, gate, inboxes = [], threading.Event(), []
     for name, count in [("gate", 1), *[("greedy", 3)], ("modest", 1)]:

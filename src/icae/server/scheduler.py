@@ -2,7 +2,8 @@
 
 An iteration of the thread:   forget what was cancelled or is too late
                               take new jobs, one of each tenant in turn, while there is room
-                              let one job in preparation do its next piece (a batch of segments, 128 tokens of a prompt)
+                              let one job in preparation do its next piece (a batch of segments, 128 tokens of a prompt);
+                                  while more jobs wait than generate, one that is ready begins another: they step together the sooner
                               one step of all rows that generate, which guess ahead
 
 So a new request joins the others' batch at the next step, and a long text that is being compressed holds nobody up for longer than
@@ -243,14 +244,19 @@ class Scheduler:
                     self.waiting[tenant] = line  # at the end: the others come first
 
     def _prepare(self) -> None:
-        """Let the first job in preparation do its next piece."""
+        """Let a job in preparation do its next piece; another as well when that was its last, while more wait than generate."""
+        while self._piece() and len(self.preparing) + self.queued > len(self.running):
+            self._admit()
+
+    def _piece(self) -> bool:
+        """Let the first job in preparation do its next piece; tell whether it was its last."""
         if not self.preparing:
-            return
+            return False
         job = self.preparing[0]
         try:
             next(job.work)
             self.preparing.rotate(-1)
-            return
+            return False
         except StopIteration as end:
             self._begin(job, end.value)
         except ICAEError as error:
@@ -259,6 +265,7 @@ class Scheduler:
             log.exception("a job failed in preparation")
             self._finish(job, Failed(500, "the server made a mistake; it is in its log"))
         self.preparing.remove(job)
+        return True
 
     def _begin(self, job: Job, value: Any) -> None:
         """Let a prepared job generate with the others; one that is no generation, or ended at its first token, is done."""
