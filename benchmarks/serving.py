@@ -33,6 +33,7 @@ from icae.blobs import pack, unpack
 from icae.chat import chat_prompt
 from icae.metrics import bleu, interval
 from icae.model import GREEDY
+from icae.packed import packed_linear
 from icae.report import commit, write_report
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill
@@ -204,14 +205,15 @@ def int8(bench: Bench) -> dict[str, Any]:
     windows = bench.windows(size.windows, size.window)
     score: dict[str, list[float]] = {"float16": [], "int8": []}
     held = dict.fromkeys(score, 0)
-    for at in range(0, len(windows), 16):
-        part = windows[at : at + 16]
-        made = model.compress_ids(part)
-        for dtype, scores in score.items():
-            packed = [pack(slots, ids, dtype) for slots, ids in zip(made, part, strict=True)]
-            held[dtype] += sum(p.nbytes for p in packed)
-            back = model.reconstruct_ids([unpack(p)[0].to(torch.float32) for p in packed])
-            scores += [bleu(model.base.decode(b), model.base.decode(w)) for b, w in zip(back, part, strict=True)]
+    with packed_linear():
+        for at in range(0, len(windows), 16):
+            part = windows[at : at + 16]
+            made = model.compress_ids(part)
+            for dtype, scores in score.items():
+                packed = [pack(slots, ids, dtype) for slots, ids in zip(made, part, strict=True)]
+                held[dtype] += sum(p.nbytes for p in packed)
+                back = model.reconstruct_ids([unpack(p)[0].to(torch.float32) for p in packed])
+                scores += [bleu(model.base.decode(b), model.base.decode(w)) for b, w in zip(back, part, strict=True)]
     cost = [a - b for a, b in zip(score["float16"], score["int8"], strict=True)]
     low, high = interval(cost)
     means = {dtype: statistics.mean(values) for dtype, values in score.items()}
