@@ -30,8 +30,7 @@ def fast_linear() -> Iterator[bool]:
     threads = torch.get_num_threads()
 
     def linear(original: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if not plain:
+        if not plain_float32(x, weight):
             return original(x, weight, bias)
         y = _Linear.apply(x, weight) if torch.is_grad_enabled() else _forward(x, weight)
         return y if bias is None else y + bias
@@ -42,6 +41,11 @@ def fast_linear() -> Iterator[bool]:
             yield True
     finally:
         torch.set_num_threads(threads)
+
+
+def plain_float32(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a product is wanted in float32 and on the CPU, which is all that is lent."""
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 @contextmanager

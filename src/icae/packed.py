@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from icae.matmul import lend_linear
+from icae.matmul import lend_linear, plain_float32
 
 PATIENCE = 32
 """Products that a weight has taken part in before it is worth a copy."""
@@ -48,7 +48,7 @@ class Packed:
 
     def linear(self, original: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x (..., in) times weight (out, in), transposed, plus bias (out); `original` does what is not for here."""
-        copy = None if torch.is_grad_enabled() or not _plain(x, weight) else self.copy(weight)
+        copy = self.copy(weight) if not torch.is_grad_enabled() and plain_float32(x, weight) and x.numel() else None
         return original(x, weight, bias) if copy is None else _product(x, copy, bias)
 
     def copy(self, weight: Tensor) -> Tensor | None:
@@ -96,12 +96,6 @@ def packed_product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """Return what multiplies x (..., in) with a copy of a weight (out, in), transposed."""
     copy = _pack(weight)
     return lambda x: _product(x, copy, None)
-
-
-def _plain(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether oneDNN's float32 product is what is wanted."""
-    cpu = x.device.type == weight.device.type == "cpu"
-    return cpu and x.dtype == weight.dtype == torch.float32 and weight.dim() == 2 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 def _pack(weight: Tensor) -> Tensor:
