@@ -133,7 +133,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     row = _finish(prefill(model, prefix, None, model.base.embed(torch.tensor(question)), size.answer, GREEDY))
     batch = Batch(model)
     batch.join(row)
-    slots = {"context": prefix.bytes, "whole": sum(_bytes(layer) for layer in batch.layers)}
+    slots = {"context": prefix.bytes, "whole": prefix.bytes + sum(_bytes(layer) for layer in batch.layers)}  # they share the context
     text, cache = {}, DynamicCache()
     with torch.no_grad():
         for name, ids in (("context", context.ids), ("whole", question + [question[-1]] * size.answer)):

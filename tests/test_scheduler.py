@@ -87,6 +87,46 @@ def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch, guesses):
     assert batch.layers == []
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_rows_that_share_contexts_answer_as_alone(model, monkeypatch, shares):
+    """Rows of three contexts of uneven length, and of none, come and go; each context stands once, and goes with its last row."""
+    monkeypatch.setattr(prefix_room, "shareable", lambda base: shares)
+    prefixes, asked = Prefixes(model, 1 << 30), requests(model, 18, seed=3)
+    contexts = [model.compress_ids(random_ids(n, seed=n))[0] for n in (24, 57, 90)]
+    made = [prefixes.put(str(i), slots) for i, slots in enumerate(contexts)]
+    batch, rows, waiting, held = Batch(model, 2), [], list(range(18)), set()
+    while waiting or batch.rows:
+        for i in waiting[:2]:
+            prefix = (*made, None)[i % 4]
+            asked[i]["slots"] = None if prefix is None else contexts[i % 4]
+            prompt = model.base.embed(torch.tensor(asked[i]["ids"]))
+            marker = None if prefix is None else Marker.FT
+            rows.append(finish(prefill(model, prefix, marker, prompt, asked[i]["limit"], asked[i]["sampling"])))
+            if rows[-1].finished is None:
+                batch.join(rows[-1])
+        del waiting[:2]
+        if batch.rows:
+            batch.step()
+        for row in [r for r in batch.rows if r.finished is not None]:
+            batch.leave(row)
+        reading = [sum(r.context is c for r in batch.rows) for c in batch.contexts.held]
+        assert reading == batch.contexts.readers and 0 not in reading
+        held.add(len(reading))
+    assert [r.ids for r in rows] == [alone(model, **a) for a in asked]
+    assert held == ({0, 1, 2, 3} if shares else {0}) and not batch.contexts.layers
+
+
+def test_a_context_that_several_rows_read_takes_its_memory_once(model):
+    slots = model.compress_ids(random_ids(200))[0]
+    prefix = Prefixes(model, 1 << 30).put("x", slots)
+    batch = Batch(model)
+    for i in range(4):
+        prompt = model.base.embed(torch.tensor(random_ids(6, seed=i)[0]))
+        batch.join(finish(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)))
+    batch.step()
+    assert batch.layers[0].keys.shape[2] < slots.count and not batch.contexts.bytes
+
+
 @pytest.mark.parametrize("guesses", [0, 4])
 def test_families_with_sliding_windows_answer_as_alone(family_base, monkeypatch, guesses):
     model = make_icae(family_base, kind="embedding", stirred=0.05)
@@ -246,7 +286,7 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
     assert list(prefixes.kept) == ["y"]
     monkeypatch.setattr(prefix_room, "FOLLOWED", 5)
     prefixes.follow("y", prefix, Marker.FT, first, row)
-    assert prefixes.kept["y"].layers[0][0].shape[2] == slots.count + lead + 5 and prefixes.kept["y"].read == tuple(first[:5])
+    assert prefixes.kept["y"].followed[0][0].shape[2] == lead + 5 and prefixes.kept["y"].read == tuple(first[:5])
 
 
 # ---- the thread ----

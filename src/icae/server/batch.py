@@ -9,7 +9,8 @@ read is masked: what lies left of its own columns, and what it had guessed wrong
     row 2   . . . . . . s s p . a .
             low                     end
 
-Position ids are each row's own. Shape legend: R rows, H key-value heads, C columns, S head size.
+A context's slots stand apart, once for all rows that read it (shared.py, attention.py), where the base allows that; where not, they are
+among the row's columns. Position ids are each row's own. Shape legend: R rows, H key-value heads, C columns, S head size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from icae.model import ICAE
+from icae.server.attention import has_windows, sharing
 from icae.server.row import Row
+from icae.server.shared import Contexts
 
 GUESSED_TOGETHER = 32
 """Tokens that all rows of a step guess, at most: some more cost a step little, as long as reading the weights is most of it."""
@@ -72,6 +75,7 @@ class Batch:
         """(R, C): which those are."""
         self.end = 0
         self.layers: list[_Layer] = []
+        self.contexts = Contexts()
 
     @property
     def low(self) -> int:
@@ -89,6 +93,7 @@ class Batch:
         self.read[n] = False
         self.read[n, begin : self.end] = True
         row.cache = None
+        self.contexts.join(row.context)
         self.rows.append(row)
         self.starts.append(begin)
         self.counts.append(length)
@@ -103,6 +108,7 @@ class Batch:
                 layer.values[i, :, start : self.end] = layer.values[len(self.rows), :, start : self.end]
             self.read[i] = self.read[len(self.rows)]
             self.rows[i], self.starts[i], self.counts[i] = last, start, count
+        self.contexts.leave(row.context)
         if not self.rows:
             self.clear()
 
@@ -126,7 +132,7 @@ class Batch:
     def _ahead(self) -> int:
         """Tokens that a row may guess at this step."""
         rows = len(self.rows)
-        if rows > 1 and _has_windows(self.base.model):  # they count columns, those between that are masked as well
+        if rows > 1 and has_windows(self.base.model):  # they count columns, those between that are masked as well
             return 0
         return min(self.guesses, GUESSED_TOGETHER // rows)
 
@@ -135,7 +141,7 @@ class Batch:
         device, rows = self.base.device, len(self.rows)
         ids = [[row.ids[-1], *guess, *[row.ids[-1]] * (width - 1 - len(guess))] for row, guess in zip(self.rows, guesses, strict=True)]
         places = torch.tensor([[row.position] for row in self.rows], device=device) + torch.arange(width, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), sharing(self.base.model, self.contexts.shared([row.context for row in self.rows])):
             return self.base.model(
                 input_ids=torch.tensor(ids, device=device),
                 position_ids=places.clamp(max=self.base.max_positions - 1),
@@ -181,10 +187,3 @@ def _accept(row: Row, guess: list[int], logits: Tensor) -> int:
         if row.finished is not None or row.ids[-1] != guessed:
             break
     return taken
-
-
-def _has_windows(model: Any) -> bool:
-    """Tell whether some layers of a base read its last columns alone."""
-    config = model.config
-    kinds = getattr(config, "layer_types", None)
-    return any("full" not in kind for kind in kinds) if kinds else getattr(config, "sliding_window", None) is not None

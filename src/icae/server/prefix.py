@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from icae.errors import ICAEError
 from icae.model import ICAE, Sampling
 from icae.objectives import Marker
+from icae.server.attention import Layers, alone, shareable, sharing
 from icae.server.row import Row
 from icae.slots import MemorySlots, SlotBatch
 
@@ -35,8 +36,8 @@ class Prefix:
     What a prompt has in common with that one, such as the template's system turn or a chat's earlier turns, is not read again.
     """
 
-    layers: list[tuple[Tensor, Tensor]]
-    """Keys and values of each layer, (1, H, k + marker + prompt, S)."""
+    layers: Layers
+    """Keys and values of the slots, (1, H, k, S) in each layer."""
     span: int
     """Position id of what comes after the context."""
     tokens: int
@@ -46,13 +47,15 @@ class Prefix:
     """Stood before the prompt that was read last; none: no prompt was."""
     read: tuple[int, ...] = ()
     """Ids of that prompt."""
+    followed: Layers = ()
+    """Keys and values of marker and prompt, (1, H, marker + prompt, S) in each layer."""
     reader: str = ""
     """Namespace that it came from: another must not see in its times what was asked."""
 
     @property
     def bytes(self) -> int:
         """Memory it takes."""
-        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+        return sum(t.numel() * t.element_size() for pair in (*self.layers, *self.followed) for t in pair)
 
     def towards(self, reader: str) -> Prefix:
         """Return it as a namespace may use it."""
@@ -94,9 +97,10 @@ class Prefixes:
         """Keep a context with the prompt, all of it `ids`, that a row has just read after it, instead of the one before."""
         if key not in self.kept:
             return
-        columns = row.cache.get_seq_length() - max(0, len(ids) - FOLLOWED)
-        layers = [(layer.keys[:, :, :columns].contiguous(), layer.values[:, :, :columns].contiguous()) for layer in row.cache.layers]
-        self._keep(key, replace(prefix, layers=layers, marker=marker, read=tuple(ids[:FOLLOWED])))
+        begin = 0 if row.context is not None else prefix.slots
+        here = slice(begin, row.cache.get_seq_length() - max(0, len(ids) - FOLLOWED))
+        followed = [(layer.keys[:, :, here].contiguous(), layer.values[:, :, here].contiguous()) for layer in row.cache.layers]
+        self._keep(key, replace(prefix, followed=followed, marker=marker, read=tuple(ids[:FOLLOWED])))
 
     def _keep(self, key: str, made: Prefix) -> None:
         """Keep a context if it fits, and let those go that were asked longest ago."""
@@ -164,10 +168,16 @@ def prefill(
     if not count:
         raise ICAEError("the prompt is empty; give at least one token")
     cache: Cache = DynamicCache()
+    context = prefix.layers if prefix is not None and shareable(base.model) else None
     if prefix is not None:
-        span, slots = prefix.span, prefix.slots
+        span = prefix.span
         known = min(prefix.common(marker, lead, ids), count - 1)  # one is read at least: it says what follows
-        cache = Cache(layers=[_after(keys[:, :, : slots + known], values[:, :, : slots + known]) for keys, values in prefix.layers])
+        before = [(keys[:, :, :known], values[:, :, :known]) for keys, values in prefix.followed]
+        if context is None:
+            slots = prefix.slots
+            before = _joined(prefix.layers, before) if known else list(prefix.layers)
+        if before:
+            cache = Cache(layers=[_after(keys, values) for keys, values in before])
     check_positions(model, span + count, limit)
     output: Any = None
     for at in range(known, count, PREFILL):
@@ -176,7 +186,7 @@ def prefill(
         piece = prompt[None, at : at + PREFILL]
         places = torch.arange(span + at, span + at + piece.shape[1], device=prompt.device)[None]
         read = slots + at + piece.shape[1]
-        with torch.no_grad():
+        with torch.no_grad(), sharing(base.model, None if context is None else alone(context)):
             output = base.model(
                 inputs_embeds=piece,
                 position_ids=places,
@@ -185,7 +195,7 @@ def prefill(
                 use_cache=True,
                 logits_to_keep=1,
             )
-    row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids)
+    row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids, context)
     row.choose(row.logits)
     return row
 
@@ -197,6 +207,11 @@ def check_positions(model: ICAE, read: int, limit: int) -> None:
             f"slots and prompt take {read} positions and the response {limit} more, but {model.config.base} has "
             f"{model.base.max_positions}; shorten the prompt, the context or max_tokens"
         )
+
+
+def _joined(first: Layers, then: Layers) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values with the columns of both."""
+    return [(torch.cat([k, more_k], 2), torch.cat([v, more_v], 2)) for (k, v), (more_k, more_v) in zip(first, then, strict=True)]
 
 
 def _after(keys: Tensor, values: Tensor) -> DynamicLayer:

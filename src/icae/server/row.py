@@ -14,6 +14,7 @@ from torch import Tensor
 
 from icae.decoder import choose
 from icae.model import Sampling
+from icae.server.attention import Layers
 
 GUESSED_FROM = (3, 2)
 """Last tokens that must have come before for what came after them to be guessed again, tried in this order."""
@@ -24,7 +25,7 @@ class Row:
     """One generation under way."""
 
     cache: Any
-    """What it has read, until it joins a batch."""
+    """What it has read of its own, until it joins a batch."""
     position: int
     """Position id of its next token."""
     limit: int
@@ -35,6 +36,8 @@ class Row:
     """(1, V): what follows what it has read."""
     prompt: Sequence[int] = ()
     """Ids that it has read, as far as they are known: what it says next is guessed from them, too."""
+    context: Layers | None = None
+    """What it reads before its own columns and shares with all rows that have this very object; none: nothing."""
     ids: list[int] = field(default_factory=list)
     """Generated so far, without the one that ends it."""
     finished: str | None = None

@@ -212,7 +212,8 @@ class Service:
         row = yield from prefill(self.model, prefix, marker, prompt, limit, sampling, ids)
         if prefix is not None and marker is not None and len(ids) == len(prompt):
             self.prefixes.follow("+".join(contents), prefix, marker, ids, row)
-        usage.icae.kv_bytes = sum(t.numel() * t.element_size() for layer in row.cache.layers for t in (layer.keys, layer.values))
+        read = [*(row.context or ()), *((layer.keys, layer.values) for layer in row.cache.layers)]
+        usage.icae.kv_bytes = sum(t.numel() * t.element_size() for pair in read for t in pair)
         return row
 
     def _prefix(self, contents: list[str]) -> Generator[None, None, Prefix]:
