@@ -32,8 +32,8 @@ from transformers import DynamicCache
 from icae.blobs import pack, unpack
 from icae.chat import chat_prompt
 from icae.metrics import bleu, interval
-from icae.model import GREEDY
 from icae.packed import packed_linear
+from icae.reader import GREEDY
 from icae.report import commit, write_report
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill

@@ -6,8 +6,8 @@ import torch
 from tiny import base_logits, make_icae, prefix_as_slots, prefix_cache, random_ids
 
 from icae.decoder import Decoder
-from icae.model import GREEDY
 from icae.objectives import Marker, padded
+from icae.reader import GREEDY
 from icae.slots import MemorySlots, Origin, Segment, SlotBatch
 
 
@@ -135,8 +135,8 @@ def test_rows_that_go_on_are_what_they_are_alone_after_others_have_left_the_batc
     sizes, forward = [], base.model.forward
     with pytest.MonkeyPatch.context() as m:
         m.setattr(base.model, "forward", lambda *a, **k: sizes.append(len(k["attention_mask"])) or forward(*a, **k))
-        together = model._collect(slots, prompts, Marker.FT, limits, GREEDY)
-    alone = [model._collect([s], [p], Marker.FT, [n], GREEDY)[0] for s, p, n in zip(slots, prompts, limits, strict=True)]
+        together = model.reader.collect(slots, prompts, Marker.FT, limits, GREEDY)
+    alone = [model.reader.collect([s], [p], Marker.FT, [n], GREEDY)[0] for s, p, n in zip(slots, prompts, limits, strict=True)]
     assert together == alone
     assert sizes[0] == 6 and sizes[-1] == 1 and sizes == sorted(sizes, reverse=True)
 

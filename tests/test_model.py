@@ -7,8 +7,8 @@ from tiny import LINES, assert_same_slots, base_logits, make_icae, one_line, ran
 
 from icae.chat import chat_prompt
 from icae.errors import ICAEError
-from icae.model import GREEDY, Sampling
 from icae.objectives import Marker, autoencoding, collate, continuation, instruction
+from icae.reader import GREEDY, Sampling
 from icae.slots import MemorySlots, SlotBatch
 
 TEXT = " ".join(LINES)
@@ -88,9 +88,9 @@ def test_a_marker_stands_where_the_layout_puts_it(base, layout, length):
     slots = model.encoder(torch.tensor(random_ids(20)), [20], 4)
     after = [5, 6, 7, 8, 9] if layout == "appended" else [20, 21, 22, 23, 24]
     for marker in (Marker.LM, Marker.FT):
-        assert model._places(slots, [marker], 5).tolist() == [after]
+        assert model.reader.places(slots, [marker], 5).tolist() == [after]
     before = after if layout == "appended" else {1: [0, 1, 2, 3, 4], 2: [0, 0, 1, 2, 3]}[length]  # the text itself begins at 1
-    assert model._places(slots, [Marker.AE], 5).tolist() == [before]
+    assert model.reader.places(slots, [Marker.AE], 5).tolist() == [before]
 
 
 # ---- the loss ----
@@ -229,10 +229,10 @@ def test_streams_say_what_the_whole_calls_say(base, kind):
 def test_a_continuation_goes_on_where_the_base_takes_the_text_for_finished(base, kind, monkeypatch):
     model = make_icae(base, kind=kind, stirred=0.1)
     (slots,) = compress(model, 40)
-    first = next(model._ids(slots, [], Marker.LM, 1, GREEDY))
+    first = next(model.reader.ids(slots, [], Marker.LM, 1, GREEDY))
     monkeypatch.setattr(type(base), "eos_ids", [first])
     assert list(model.stream_continuation(slots, max_new_tokens=7, may_end=True)) == []
-    made = list(model._ids(slots, [], Marker.LM, 7, GREEDY, 7))
+    made = list(model.reader.ids(slots, [], Marker.LM, 7, GREEDY, 7))
     assert len(made) == 7 and first not in made
     assert model.continue_text(slots, max_new_tokens=7) == base.decode(made)
 
@@ -241,7 +241,7 @@ def test_streamed_pieces_never_end_inside_a_character(base, monkeypatch):
     model, text = make_icae(base), "né → 🙂!"
     ids = base.encode(text)
     assert len(ids) > len(text)  # some characters are several tokens
-    monkeypatch.setattr(model, "_generate", lambda *_: iter([[i] for i in ids]))
+    monkeypatch.setattr(model.reader, "generate", lambda *_: iter([[i] for i in ids]))
     pieces = list(model.stream_continuation(compress(model, 8)[0]))
     assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces)
 
@@ -332,7 +332,7 @@ def test_distillation_is_the_divergence_from_the_base_with_the_full_text(base, k
     for e in examples:
         said = base_logits(base, e.teacher + e.target)[len(e.teacher) - 1 : -1].log_softmax(-1)
         slots = model.compress_ids([e.segments[0]])
-        logits, _ = model._target_logits(SlotBatch.pad(slots), *(collate([e])[name] for name in ("markers", "text_ids", "real", "scored")))
+        logits, _ = model.reader.logits(SlotBatch.pad(slots), *(collate([e])[name] for name in ("markers", "text_ids", "real", "scored")))
         mine = logits[0].log_softmax(-1)
         by_hand.append(float((said.exp() * (said - mine)).sum(-1).mean()))
     plain = autoencoding(*random_ids(7), 16, 1)

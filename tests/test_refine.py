@@ -90,7 +90,7 @@ def test_the_text_of_several_segments_is_put_right_segment_by_segment(base, monk
     assert [len(row) for row in read] == [part.tokens for part in slots.split()]
     read[0], read[2] = read[0][:-1], [*read[2][:5], 41, *read[2][6:]]  # the first ended early
     ticks = []
-    monkeypatch.setattr(model, "_choices", lambda part, found, count: [[*ids]] * len(found))
+    monkeypatch.setattr(model.reader, "choices", lambda part, found, count: [[*ids]] * len(found))
     (refined,) = model.refine_ids([slots], [read], progress=lambda *at: ticks.append(at))
     assert refined.ids == ids and refined.verified and len(refined.mismatches) == 3
     assert ticks == [(1, 3), (2, 3), (3, 3)]

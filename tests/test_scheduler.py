@@ -8,8 +8,8 @@ import torch
 from tiny import make_icae, random_ids
 
 from icae.errors import ICAEError
-from icae.model import GREEDY, Sampling
 from icae.objectives import Marker
+from icae.reader import GREEDY, Sampling
 from icae.server import prefix as prefix_room
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill
@@ -36,7 +36,7 @@ def finish(work):
 def alone(model, ids, slots=None, limit=12, sampling=GREEDY):
     """What the library makes of the same request, one at a time."""
     marker = None if slots is None else Marker.FT
-    return model._collect(None if slots is None else [slots], [ids], marker, [limit], sampling)[0]
+    return model.reader.collect(None if slots is None else [slots], [ids], marker, [limit], sampling)[0]
 
 
 def requests(model, count, seed=0):

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 import icae.decoder
 from icae.errors import ICAEError
-from icae.model import GREEDY
 from icae.objectives import Example, Marker
+from icae.reader import GREEDY
 from icae.serve_cli import serve
 from icae.server.app import create_app
 from icae.server.keys import Keyring
@@ -221,7 +221,7 @@ def test_prompt_embeds_stand_for_text(client, model):
     template = templated(model, "@@").split("@@")
     before, after = (model.base.tokenizer(t, add_special_tokens=False)["input_ids"] for t in template)
     plain = [*before, *ids, *after]
-    made = model._collect(None, [plain], None, [12], GREEDY)[0]
+    made = model.reader.collect(None, [plain], None, [12], GREEDY)[0]
     assert said(client.post("/v1/chat/completions", json=body)) == model.base.decode(made)
 
 
@@ -251,7 +251,7 @@ def test_completions_continue_texts_and_contexts(client, model, store):
     chunks = events(client.post("/v1/completions", json={**body, "stream": True}))
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected
     ids = random_ids(7)[0]
-    made = model._collect(None, [ids], None, [12], GREEDY)[0]
+    made = model.reader.collect(None, [ids], None, [12], GREEDY)[0]
     assert client.post("/v1/completions", json={"prompt": ids, "max_tokens": 12}).json()["choices"][0]["text"] == model.base.decode(made)
     problem(client.post("/v1/completions", json={"prompt": [10**6]}), 400, "ids")
     problem(client.post("/v1/completions", json={"prompt": ""}), 400, "empty")

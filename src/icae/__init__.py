@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from icae.base import load_base
     from icae.config import ICAEConfig, TrainConfig
     from icae.errors import ICAEError
-    from icae.model import ICAE, Sampling
+    from icae.model import ICAE
+    from icae.reader import Sampling
     from icae.slots import MemorySlots
 
 _HOMES = {
@@ -19,7 +20,7 @@ _HOMES = {
     "ICAEConfig": "config",
     "ICAEError": "errors",
     "MemorySlots": "slots",
-    "Sampling": "model",
+    "Sampling": "reader",
     "TrainConfig": "config",
     "load_base": "base",
 }

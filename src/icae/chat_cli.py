@@ -31,7 +31,7 @@ def chat(
 ) -> None:
     """Talk about a text, turn by turn, over the same slots: one question a line; /forget begins anew, /quit or Ctrl-D leaves."""
     from icae.data import read_text
-    from icae.model import Sampling
+    from icae.reader import Sampling
     from icae.slots import MemorySlots
 
     if max_tokens < 1:

@@ -330,7 +330,7 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
 
 
 def _sampling(temperature: float, seed: int) -> Any:
-    from icae.model import Sampling
+    from icae.reader import Sampling
 
     return Sampling(temperature=temperature, seed=seed if temperature else None)
 

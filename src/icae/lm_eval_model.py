@@ -19,8 +19,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from icae.errors import ICAEError
-from icae.model import ICAE, Score
+from icae.model import ICAE
 from icae.objectives import Example, Marker
+from icae.reader import Score
 
 
 @register_model("icae")

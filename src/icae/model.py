@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -23,35 +22,14 @@ from icae.config import ICAEConfig
 from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
-from icae.objectives import Example, Marker, collate, padded
+from icae.loss import batch_loss
+from icae.objectives import Example, Marker, padded
+from icae.reader import GREEDY, Reader, Sampling, Score
 from icae.refine import Refined, refine
 from icae.segments import alike, cut
-from icae.slots import MemorySlots, Origin, SlotBatch
+from icae.slots import MemorySlots, Origin
 
 Slots = MemorySlots | Sequence[MemorySlots]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How generation chooses tokens."""
-
-    temperature: float = 0.0
-    """0: always the likeliest token."""
-    top_p: float = 1.0
-    seed: int | None = None
-
-
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a target was predicted, token by token."""
-
-    nll: Tensor
-    """(tokens,) float32: negative log-likelihood, in nats."""
-    hits: Tensor
-    """(tokens,) bool: the token was the likeliest."""
 
 
 class ICAE(nn.Module):
@@ -70,6 +48,7 @@ class ICAE(nn.Module):
         sink = base.embed(torch.tensor([base.eos_ids[0] if bos is None else bos], device=base.device)).detach().float()
         asks = base.model.get_input_embeddings().weight.detach().float().mean(0, keepdim=True)
         self.markers = nn.Parameter(torch.cat([sink, asks.repeat(config.marker_length - 1, 1)]).repeat(len(Marker), 1, 1))
+        self.reader = Reader(self.decoder, self.config, self.markers)
         self.encoder.memory.data = self.encoder.memory.data.float()
         self._adapter_hash: str | None = None
 
@@ -150,45 +129,9 @@ class ICAE(nn.Module):
         ratio: int | None = None,
         teacher: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the loss of one batch from `objectives.collate`: the mean over samples of the weighted mean over their scored tokens.
-
-        A share of a taught sample's loss compares distributions instead of tokens (see `_divergence`).
-        """
+        """Return the loss of one batch from `objectives.collate` (see `batch_loss`)."""
         slots = self._encode(segment_ids, lengths, groups, ratio)
-        widths = real.sum(1).tolist()
-        total = torch.zeros((), device=text_ids.device)
-        for rows in alike(widths):  # texts of like lengths together: less padding
-            text = slice(max(widths[b] for b in rows))
-            batch = SlotBatch.pad([slots[b] for b in rows])
-            ids, wanted = text_ids[rows, text], scored[rows, text]
-            logits, keep = self._target_logits(batch, markers[rows], ids, real[rows, text], wanted)
-            wanted, weight = wanted[:, keep], weights[rows, text][:, keep]
-            nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, keep].flatten(), reduction="none")
-            losses = _means(nll.view(wanted.shape) * weight, weight)
-            if teacher is not None:
-                pairs = [(rows.index(b), t) for t, b in enumerate(teacher["rows"].tolist()) if b in rows]
-                if pairs:
-                    here, there = (torch.tensor(side, device=ids.device) for side in zip(*pairs, strict=True))
-                    taught = self._divergence(logits[here], wanted[here], {name: t[there] for name, t in teacher.items()})
-                    losses = losses.index_copy(0, here, torch.lerp(losses[here], taught, teacher["weights"][there]))
-            total = total + losses.sum()
-        return {"loss": total / len(widths)}
-
-    def _divergence(self, logits: Tensor, wanted: Tensor, teacher: dict[str, Tensor]) -> Tensor:
-        """Return KL(base with the full text || base with the slots) in nats a token, a row: the mean over its scored tokens.
-
-        Knowledge distillation (arXiv 1503.02531) at temperature 1, as context distillation (arXiv 2112.00861) uses it: what the slots
-        should do is what the text would have done. The teacher is the frozen base, so no gradient goes there.
-        """
-        theirs = teacher["scored"]
-        keep = theirs.any(0).nonzero()[:, 0]
-        with torch.no_grad():
-            places = torch.arange(theirs.shape[1] - 1, device=theirs.device).expand(len(theirs), -1)
-            inputs = self.base.embed(teacher["ids"][:, :-1])
-            said = self.decoder.logits(None, inputs, places, teacher["real"][:, :-1], keep - 1)[theirs[:, keep]]
-        mine = logits[wanted]
-        kl = nn.functional.kl_div(mine.float().log_softmax(-1), said.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        return _means(torch.zeros(wanted.shape, device=kl.device).masked_scatter(wanted, kl), wanted)
+        return {"loss": batch_loss(self.reader, slots, markers, text_ids, real, scored, weights, teacher)}
 
     def _encode(self, segment_ids: Tensor, lengths: list[int], groups: list[list[int]], ratio: int | None) -> list[MemorySlots]:
         """Return each context's slots, with gradient; segments of like lengths are encoded together."""
@@ -198,26 +141,6 @@ class ICAE(nn.Module):
             batch = self.encoder(segment_ids[rows, : max(taken)], taken, ratio)
             made |= zip(rows, batch.rows(Origin(self.config.kind, 0, self.config.layout, "", "", "")), strict=True)
         return [MemorySlots.concatenate([made[i] for i in group]) for group in groups]
-
-    def _target_logits(
-        self, slots: SlotBatch | None, markers: Tensor, text_ids: Tensor, real: Tensor, scored: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Read [marker, text without its last token] after the slots; return logits (B, kept, V) and the kept places of the text."""
-        inputs = torch.cat([self.markers[markers].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
-        lead = inputs.shape[1] - text_ids.shape[1]
-        real = torch.cat([real.new_ones(len(real), lead), real], 1)
-        keep = scored.any(0).nonzero()[:, 0]
-        return self.decoder.logits(slots, inputs, self._places(slots, markers.tolist(), inputs.shape[1]), real, keep + lead), keep
-
-    def _places(self, slots: SlotBatch | None, markers: list[int], width: int) -> Tensor:
-        """Return position ids (B, width) of marker and text: [LM] and [FT] stand after the slots, [AE] where the layout puts it.
-
-        In the `spread` layout the text's own positions begin at 1, so that all vectors of [AE] share position 0.
-        """
-        early = 1 - self.config.marker_length
-        spans = [0] * len(markers) if slots is None else slots.spans.tolist()
-        starts = [early if m == Marker.AE and self.config.layout == "spread" else span for m, span in zip(markers, spans, strict=True)]
-        return (torch.tensor(starts)[:, None] + torch.arange(width)).clamp(min=0).to(self.base.device)
 
     # ---- writing slots ----
 
@@ -320,7 +243,7 @@ class ICAE(nn.Module):
         made: list[list[int]] = []
         for at in range(0, len(parts), batch_size):
             rows = parts[at : at + batch_size]
-            made += self._collect(rows, [[]] * len(rows), Marker.AE, [p.tokens for p in rows], GREEDY)
+            made += self.reader.collect(rows, [[]] * len(rows), Marker.AE, [p.tokens for p in rows])
         numbers = iter(made)
         return [[next(numbers) for _ in s.segments] for s in slots]
 
@@ -352,20 +275,12 @@ class ICAE(nn.Module):
         for s, rows in zip(slots, read, strict=True):
             segments = []
             for part, row in zip(s.to(self.base.device).split(), rows, strict=True):
-                segments.append(refine(self.encoder, part, row, partial(self._choices, part)))
+                segments.append(refine(self.encoder, part, row, partial(self.reader.choices, part)))
                 done += 1
                 if progress is not None:
                     progress(done, total)
             refined.append(Refined(joined([ids for ids, _ in segments]), [mismatch for _, mismatch in segments]))
         return refined
-
-    @torch.no_grad()
-    def _choices(self, slots: MemorySlots, ids: list[int], count: int) -> list[list[int]]:
-        """Return, for each place of a segment, the `count` tokens that the decoder finds likeliest there after the ones before."""
-        data: Any = collate([Example([], Marker.AE, [], ids)])
-        names = ("markers", "text_ids", "real", "scored")
-        logits, _ = self._target_logits(SlotBatch.pad([slots]), *(data[name].to(self.base.device) for name in names))
-        return logits[0, : len(ids)].topk(min(count, logits.shape[-1])).indices.tolist()
 
     def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:
         """Continue the text that the slots stand for, by `max_new_tokens`."""
@@ -383,14 +298,16 @@ class ICAE(nn.Module):
         self, slots: Sequence[MemorySlots] | None, prompts: Sequence[str], *, max_new_tokens: int = 256, sampling: Sampling = GREEDY
     ) -> list[str]:
         """Respond to several prompts in one batch, each with its own slots; without slots, as the base alone would."""
+        for s in slots or []:
+            self.check(s)
         ids = [chat_prompt(self.base.tokenizer, p) for p in prompts]
-        made = self._collect(slots, ids, None if slots is None else Marker.FT, [max_new_tokens] * len(ids), sampling)
+        made = self.reader.collect(slots, ids, None if slots is None else Marker.FT, [max_new_tokens] * len(ids), sampling)
         return [self.base.decode(row).strip() for row in made]
 
     def stream_reconstruction(self, slots: MemorySlots) -> Iterator[str]:
         """Return the text as the decoder reads it back (not refined), piece by piece, one segment after the other."""
         self.check(slots)
-        return self._pieces(i for part in slots.split() for i in self._ids(part, [], Marker.AE, part.tokens, GREEDY))
+        return self.reader.text(i for part in slots.split() for i in self.reader.ids(part, [], Marker.AE, part.tokens))
 
     def stream_continuation(
         self,
@@ -428,102 +345,12 @@ class ICAE(nn.Module):
         """Check now, and return what is generated for one row, as text."""
         if slots is not None:
             self.check(slots)
-        return self._pieces(self._ids(slots, prompt, marker, limit, sampling, least))
+        return self.reader.text(self.reader.ids(slots, prompt, marker, limit, sampling, least))
 
-    def _ids(
-        self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling, least: int = 0
-    ) -> Iterator[int]:
-        """Yield what is generated for one row, as ids."""
-        for (new,) in self._generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least):
-            if new is None:
-                return
-            yield new
-
-    def _pieces(self, stream: Iterable[int]) -> Iterator[str]:
-        """Turn ids into text as soon as its characters are whole; what was said last is decoded again, for the spaces' sake."""
-        said: list[int] = []
-        new: list[int] = []
-        for i in stream:
-            new.append(i)
-            piece = self.base.decode(said + new)[len(self.base.decode(said)) :]
-            if not piece.endswith("\ufffd"):
-                yield piece
-                said, new = new, []
-        if new:
-            yield self.base.decode(said + new)[len(self.base.decode(said)) :]
-
-    def _collect(
-        self, slots: Sequence[MemorySlots] | None, prompts: list[list[int]], marker: Marker | None, limits: list[int], sampling: Sampling
-    ) -> list[list[int]]:
-        made: list[list[int]] = [[] for _ in prompts]
-        for step in self._generate(slots, prompts, marker, limits, sampling):
-            for row, new in zip(made, step, strict=True):
-                if new is not None:
-                    row.append(new)
-        return made
-
-    def _generate(
-        self,
-        slots: Sequence[MemorySlots] | None,
-        prompts: list[list[int]],
-        marker: Marker | None,
-        limits: list[int],
-        sampling: Sampling,
-        least: int = 0,
-    ) -> Iterator[list[int | None]]:
-        """Read slots, marker and prompts, then generate; without a marker, the prompts alone, as the base reads them."""
-        for s in slots or []:
-            self.check(s)
-        batch = None if slots is None else SlotBatch.pad([s.to(self.base.device) for s in slots])
-        lead = 0 if marker is None else self.config.marker_length
-        lengths = [len(p) + lead for p in prompts]
-        text = padded([p or [0] for p in prompts])[:, : max(map(len, prompts))].to(self.base.device)
-        inputs = self.base.embed(text)
-        places = torch.arange(max(lengths), device=self.base.device).expand(len(prompts), -1)
-        real = places < torch.tensor(lengths, device=self.base.device)[:, None]
-        if marker is not None:
-            inputs = torch.cat([self.markers[int(marker)].to(inputs.dtype).expand(len(prompts), -1, -1), inputs], 1)
-            places = self._places(batch, [int(marker)] * len(prompts), inputs.shape[1])
-        self._fits(int(places.max()) + 1, max(limits))
-        return self.decoder.generate(
-            batch,
-            inputs.detach(),
-            places,
-            real,
-            limits,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            min_new_tokens=least,
-        )
-
-    @torch.no_grad()
     def score(self, slots: Sequence[MemorySlots] | None, examples: Sequence[Example], *, marked: bool = True) -> list[Score]:
-        """Score each example's target, read from its slots (or from its own prompt alone, where `slots` is none).
-
-        Parameters
-        ----------
-        slots : sequence of MemorySlots, optional
-            One for each example; the examples' own segments are not looked at.
-        examples : sequence of Example
-            Marker, prompt and target.
-        marked : bool
-            Begin with the marker; false: with the prompt, as the base reads text.
-        """
+        """Score each example's target, read from its slots or from its own prompt alone (see `Reader.score`)."""
         self.eval()
-        batch = None if slots is None else SlotBatch.pad([s.to(self.base.device) for s in slots])
-        data: Any = collate(list(examples))
-        markers, text, real, scored = (data[name].to(self.base.device) for name in ("markers", "text_ids", "real", "scored"))
-        if marked:
-            logits, keep = self._target_logits(batch, markers, text, real, scored)
-        else:
-            keep = scored.any(0).nonzero()[:, 0]
-            places = torch.arange(text.shape[1] - 1, device=text.device).expand(len(text), -1)
-            logits = self.decoder.logits(None, self.base.embed(text[:, :-1]), places, real[:, 1:], keep - 1)
-        labels, wanted = text[:, keep], scored[:, keep]
-        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
-        hits = logits.argmax(-1) == labels
-        return [Score(n[w].cpu(), h[w].cpu()) for n, h, w in zip(nll, hits, wanted, strict=True)]
+        return self.reader.score(slots, examples, marked=marked)
 
     def check(self, slots: MemorySlots) -> None:
         """Raise `ICAEError` for slots that this model cannot read: of another base, adapter, kind or layout."""
@@ -545,20 +372,7 @@ class ICAE(nn.Module):
                 "give the checkpoint that made them (--model)"
             )
 
-    def _fits(self, used: int, wanted: int) -> None:
-        """Refuse what the base has no positions for."""
-        if used + wanted > self.base.max_positions:
-            raise ICAEError(
-                f"slots and prompt take {used} positions and the response {wanted} more, but {self.config.base} has "
-                f"{self.base.max_positions}; shorten the prompt, the context or max_new_tokens"
-            )
-
 
 def joined(segments: Iterable[list[int]]) -> list[int]:
     """Return the ids of all segments in one list."""
     return [i for segment in segments for i in segment]
-
-
-def _means(values: Tensor, weights: Tensor) -> Tensor:
-    """Return each row's mean: of values times their weights (bool or float), 0 where a row has none."""
-    return values.sum(1) / weights.sum(1).clamp(min=1)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from icae.model import Sampling
+from icae.reader import Sampling
 from icae.server.door import ERRORS, Refused, Server, Tenant, next_event, server_of
 from icae.server.scheduler import Done, Token
 from icae.server.schemas import ChatRequest, CompletionRequest, Generation, Usage

@@ -16,8 +16,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from icae.errors import ICAEError
-from icae.model import ICAE, Sampling
+from icae.model import ICAE
 from icae.objectives import Marker
+from icae.reader import Sampling
 from icae.server.attention import Layers, alone, shareable, sharing
 from icae.server.row import Row
 from icae.slots import MemorySlots, SlotBatch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from icae.decoder import choose
-from icae.model import Sampling
+from icae.reader import Sampling
 from icae.server.attention import Layers
 
 GUESSED_FROM = (3, 2)

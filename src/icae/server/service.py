@@ -19,8 +19,9 @@ from icae.base import Base
 from icae.catalogue import Entry
 from icae.chat import encode, render
 from icae.errors import ICAEError
-from icae.model import ICAE, Sampling
+from icae.model import ICAE
 from icae.objectives import Example, Marker
+from icae.reader import Sampling
 from icae.server.limits import Limits
 from icae.server.prefix import Prefix, Prefixes, check_positions, prefill
 from icae.server.row import Row

@@ -1,0 +1,217 @@
+"""Slots, a marker and a prompt -> logits, scores, ids or text: the decoder, with the markers that tell it what is asked of it.
+
+[AE] give the text back          [LM] go on from it          [FT] answer the prompt          no marker: the base as it reads plain text
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icae.config import ICAEConfig
+from icae.decoder import Decoder
+from icae.errors import ICAEError
+from icae.objectives import Example, Marker, collate, padded
+from icae.slots import MemorySlots, SlotBatch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How generation chooses tokens."""
+
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a target was predicted, token by token."""
+
+    nll: Tensor
+    """(tokens,) float32: negative log-likelihood, in nats."""
+    hits: Tensor
+    """(tokens,) bool: the token was the likeliest."""
+
+
+class Reader:
+    """A decoder and the markers (Marker, marker length, hidden), which belong to the model and are trained with it."""
+
+    def __init__(self, decoder: Decoder, config: ICAEConfig, markers: nn.Parameter):
+        self.decoder, self.base, self.layout, self.markers = decoder, decoder.base, config.layout, markers
+
+    def logits(self, slots: SlotBatch | None, markers: Tensor, text_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """Read [marker, text without its last token] after the slots; return logits (B, kept, V) and the kept places of the text."""
+        inputs = torch.cat([self.markers[markers].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
+        lead = inputs.shape[1] - text_ids.shape[1]
+        real = torch.cat([real.new_ones(len(real), lead), real], 1)
+        keep = scored.any(0).nonzero()[:, 0]
+        return self.decoder.logits(slots, inputs, self.places(slots, markers.tolist(), inputs.shape[1]), real, keep + lead), keep
+
+    def plain_logits(self, text_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """Read text without its last token as the base does, with no slots and no marker; returns as `logits`."""
+        keep = scored.any(0).nonzero()[:, 0]
+        places = torch.arange(text_ids.shape[1] - 1, device=text_ids.device).expand(len(text_ids), -1)
+        return self.decoder.logits(None, self.base.embed(text_ids[:, :-1]), places, real[:, :-1], keep - 1), keep
+
+    def places(self, slots: SlotBatch | None, markers: list[int], width: int) -> Tensor:
+        """Return position ids (B, width) of marker and text: [LM] and [FT] stand after the slots, [AE] where the layout puts it.
+
+        In the `spread` layout the text's own positions begin at 1, so that all vectors of [AE] share position 0.
+        """
+        early = 1 - self.markers.shape[1]
+        spans = [0] * len(markers) if slots is None else slots.spans.tolist()
+        starts = [early if m == Marker.AE and self.layout == "spread" else span for m, span in zip(markers, spans, strict=True)]
+        return (torch.tensor(starts)[:, None] + torch.arange(width)).clamp(min=0).to(self.base.device)
+
+    # ---- scores ----
+
+    @torch.no_grad()
+    def score(self, slots: Sequence[MemorySlots] | None, examples: Sequence[Example], *, marked: bool = True) -> list[Score]:
+        """Score each example's target, read from its slots (or from its own prompt alone, where `slots` is none).
+
+        Parameters
+        ----------
+        slots : sequence of MemorySlots, optional
+            One for each example; the examples' own segments are not looked at.
+        examples : sequence of Example
+            Marker, prompt and target.
+        marked : bool
+            Begin with the marker; false: with the prompt, as the base reads text.
+        """
+        data: Any = collate(list(examples))
+        markers, text, real, scored = (data[name].to(self.base.device) for name in ("markers", "text_ids", "real", "scored"))
+        if marked:
+            logits, keep = self.logits(self._batch(slots), markers, text, real, scored)
+        else:
+            logits, keep = self.plain_logits(text, real, scored)
+        labels, wanted = text[:, keep], scored[:, keep]
+        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+        hits = logits.argmax(-1) == labels
+        return [Score(n[w].cpu(), h[w].cpu()) for n, h, w in zip(nll, hits, wanted, strict=True)]
+
+    @torch.no_grad()
+    def choices(self, slots: MemorySlots, ids: list[int], count: int) -> list[list[int]]:
+        """Return, for each place of a segment, the `count` tokens that the decoder finds likeliest there after the ones before."""
+        data: Any = collate([Example([], Marker.AE, [], ids)])
+        names = ("markers", "text_ids", "real", "scored")
+        logits, _ = self.logits(SlotBatch.pad([slots]), *(data[name].to(self.base.device) for name in names))
+        return logits[0, : len(ids)].topk(min(count, logits.shape[-1])).indices.tolist()
+
+    # ---- generation ----
+
+    def generate(
+        self,
+        slots: Sequence[MemorySlots] | None,
+        prompts: list[list[int]],
+        marker: Marker | None,
+        limits: list[int],
+        sampling: Sampling = GREEDY,
+        least: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """Read slots, marker and prompts, then generate, a step at a time; without a marker, the prompts alone, as the base reads them.
+
+        Parameters
+        ----------
+        slots : sequence of MemorySlots, optional
+            One for each prompt.
+        prompts : list of list of int
+            Token ids; may be empty after a marker.
+        marker : Marker, optional
+            What is asked.
+        limits : list of int
+            Tokens to generate, at most, for each row.
+        sampling : Sampling
+            How tokens are chosen.
+        least : int
+            No row ends before it has as many.
+
+        Returns
+        -------
+        iterator of list of (int or None)
+            The next id of each row; None for a row that has ended.
+
+        Raises
+        ------
+        ICAEError
+            If the base has no positions for it all.
+        """
+        batch = self._batch(slots)
+        lead = 0 if marker is None else self.markers.shape[1]
+        lengths = [len(p) + lead for p in prompts]
+        text = padded([p or [0] for p in prompts])[:, : max(map(len, prompts))].to(self.base.device)
+        inputs = self.base.embed(text)
+        places = torch.arange(max(lengths), device=self.base.device).expand(len(prompts), -1)
+        real = places < torch.tensor(lengths, device=self.base.device)[:, None]
+        if marker is not None:
+            inputs = torch.cat([self.markers[int(marker)].to(inputs.dtype).expand(len(prompts), -1, -1), inputs], 1)
+            places = self.places(batch, [int(marker)] * len(prompts), inputs.shape[1])
+        self._fits(int(places.max()) + 1, max(limits))
+        return self.decoder.generate(
+            batch,
+            inputs.detach(),
+            places,
+            real,
+            limits,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            min_new_tokens=least,
+        )
+
+    def collect(
+        self,
+        slots: Sequence[MemorySlots] | None,
+        prompts: list[list[int]],
+        marker: Marker | None,
+        limits: list[int],
+        sampling: Sampling = GREEDY,
+    ) -> list[list[int]]:
+        """Return all that each row generates; parameters as for `generate`."""
+        made: list[list[int]] = [[] for _ in prompts]
+        for step in self.generate(slots, prompts, marker, limits, sampling):
+            for row, new in zip(made, step, strict=True):
+                if new is not None:
+                    row.append(new)
+        return made
+
+    def ids(
+        self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling = GREEDY, least: int = 0
+    ) -> Iterator[int]:
+        """Yield what is generated for one row; parameters as for `generate`."""
+        for (new,) in self.generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least):
+            if new is None:
+                return
+            yield new
+
+    def text(self, stream: Iterable[int]) -> Iterator[str]:
+        """Turn ids into text as soon as its characters are whole; what was said last is decoded again, for the spaces' sake."""
+        said: list[int] = []
+        new: list[int] = []
+        for i in stream:
+            new.append(i)
+            piece = self.base.decode(said + new)[len(self.base.decode(said)) :]
+            if not piece.endswith("\ufffd"):
+                yield piece
+                said, new = new, []
+        if new:
+            yield self.base.decode(said + new)[len(self.base.decode(said)) :]
+
+    def _batch(self, slots: Sequence[MemorySlots] | None) -> SlotBatch | None:
+        return None if slots is None else SlotBatch.pad([s.to(self.base.device) for s in slots])
+
+    def _fits(self, used: int, wanted: int) -> None:
+        """Refuse what the base has no positions for."""
+        if used + wanted > self.base.max_positions:
+            raise ICAEError(
+                f"slots and prompt take {used} positions and the response {wanted} more, but {self.base.name} has "
+                f"{self.base.max_positions}; shorten the prompt, the context or max_new_tokens"
+            )
