@@ -11,7 +11,7 @@ from icae.experiments.reading import bleus, losses, matches, read_back
 from icae.experiments.table import Cell, Column, Table, mean
 
 NEEDS = ("main", "text")
-QUICK = {"samples": 8, "lengths": (125, 250)}
+QUICK = {"samples": 8, "lengths": (128, 256)}
 COLUMNS = [
     Column("length", "context, tokens"),
     Column("samples", "samples"),
@@ -25,7 +25,7 @@ COLUMNS = [
 ]
 
 
-def run(context: Context, *, samples: int = 100, lengths: Sequence[int] = (125, 250, 375, 500)) -> Table:
+def run(context: Context, *, samples: int = 100, lengths: Sequence[int] = (128, 256, 384, 512)) -> Table:
     """Read windows of the longest length back; shorter contexts are the windows' beginnings."""
     notes = context.text_note()
     lengths = context.within(lengths, context.longest, "no document is longer", notes)

@@ -11,7 +11,7 @@ from icae.experiments.reading import bleus, losses, matches, read_back
 from icae.experiments.table import Cell, Column, Table, mean
 
 NEEDS = ("main", "text")
-QUICK = {"samples": 8, "lengths": (125, 250), "ratios": (4, 8)}
+QUICK = {"samples": 8, "lengths": (128, 256), "ratios": (4, 8)}
 COLUMNS = [
     Column("ratio", "tokens a slot"),
     Column("length", "context, tokens"),
@@ -23,7 +23,7 @@ COLUMNS = [
 ]
 
 
-def run(context: Context, *, samples: int = 100, lengths: Sequence[int] = (125, 250, 500), ratios: Sequence[int] = (4, 8, 16)) -> Table:
+def run(context: Context, *, samples: int = 100, lengths: Sequence[int] = (128, 256, 512), ratios: Sequence[int] = (4, 8, 16)) -> Table:
     """Read windows back at every ratio, by the one adapter."""
     notes = context.text_note()
     lengths = context.within(lengths, context.longest, "no document is longer", notes)

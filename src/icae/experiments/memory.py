@@ -13,7 +13,7 @@ from icae.experiments.reading import read_back
 from icae.experiments.table import Cell, Column, Table
 
 NEEDS = ("main", "text")
-QUICK = {"samples": 8, "length": 250}
+QUICK = {"samples": 8, "length": 256}
 COLUMNS = [
     Column("group", "tokens, by surprise"),
     Column("tokens", "tokens"),
@@ -24,7 +24,7 @@ COLUMNS = [
 ]
 
 
-def run(context: Context, *, samples: int = 100, length: int = 500, groups: int = 10, points: int = 2000) -> Table:
+def run(context: Context, *, samples: int = 100, length: int = 512, groups: int = 10, points: int = 2000) -> Table:
     """Set both losses of every token side by side."""
     notes = context.text_note()
     (length,) = context.within([length], context.longest, "no document is longer", notes)

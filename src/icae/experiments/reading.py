@@ -32,7 +32,7 @@ class Reading:
 
 
 def read_back(
-    context: Context, model: ICAE, texts: Sequence[list[int]], ratio: int | None = None, *, batch_size: int = 32
+    context: Context, model: ICAE, texts: Sequence[list[int]], ratio: int | None = None, *, batch_size: int = 64
 ) -> list[Reading]:
     """Compress texts given as ids, read them back, and score them; `ratio` as for `compress_ids`."""
     ratio = ratio or model.config.ratio

@@ -22,11 +22,11 @@ from icae.experiments.reading import bleus, read_back
 from icae.experiments.table import Cell, Column, Table
 
 NEEDS = ("main", "text")
-QUICK = {"samples": 8, "length": 250}
+QUICK = {"samples": 8, "length": 256}
 COLUMNS = [Column("original", "original"), Column("again", "read back"), Column("errors", "errors")]
 
 
-def run(context: Context, *, samples: int = 100, length: int = 500, alike: float = 0.5, words_a_row: int = 16) -> Table:
+def run(context: Context, *, samples: int = 100, length: int = 512, alike: float = 0.5, words_a_row: int = 16) -> Table:
     """Show the window whose BLEU is the median of all, and count the classes over all."""
     notes = context.text_note()
     (length,) = context.within([length], context.longest, "no document is longer", notes)

@@ -26,7 +26,7 @@ COLUMNS = [
 ]
 
 
-def run(context: Context, *, samples: int = 100, length: int = 125) -> Table:
+def run(context: Context, *, samples: int = 100, length: int = 128) -> Table:
     """Read all three back, by the main adapter and by that of the other kind."""
     notes = context.text_note()
     (length,) = context.within([length], context.longest, "no document is longer", notes)

@@ -28,7 +28,7 @@ COLUMNS = [
 ]
 
 
-def run(context: Context, *, samples: int = 100, length: int = 125, context_length: int = 128, target: int = 64) -> Table:
+def run(context: Context, *, samples: int = 100, length: int = 128, context_length: int = 128, target: int = 64) -> Table:
     """Measure every base on the same stretches of text, each in its own tokens."""
     notes = context.text_note()
     room = context.longest - target
