@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icae import chat_cli, data_cli, evaluate_cli, reproduce_cli, serve_cli, store_cli
+from icae import chat_cli, data_cli, evaluate_cli, reproduce_cli, serve_cli, store_cli, train_cli
 from icae.errors import ICAEError
 from icae.terminal import BaseName, Device, Json, Model, Ratio, Refine, Seed, check_ratio, lent, load_model, print_results, progress, say
 
@@ -28,21 +28,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(evaluate_cli.app, name="evaluate")
-app.add_typer(data_cli.app, name="data")
-app.add_typer(store_cli.app, name="store")
-app.command()(chat_cli.chat)
-app.command()(serve_cli.serve)
-app.command()(reproduce_cli.reproduce)
 
 Source = Annotated[str, typer.Argument(help="A text file, '-' for standard input, or the text itself.", show_default=False)]
 SlotFile = Annotated[Path, typer.Argument(help="A slot file, as `icae compress` writes it.", show_default=False)]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to generate, at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
-Config = Annotated[str, typer.Argument(help="YAML config, such as configs/kv-4x.yaml, or a first name=value.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings over the config's: name=value, or model.name=value.", show_default=False)
-]
 
 
 @app.command()
@@ -206,26 +196,6 @@ def ask(
 
 
 @app.command()
-def pretrain(
-    config: Config,
-    overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option(help="Begin anew; refused where the output folder holds checkpoints.")] = False,
-) -> None:
-    """Pretrain an adapter by autoencoding and continuation; goes on from the newest checkpoint in its output folder."""
-    _train(config, "pretrain", overrides, fresh)
-
-
-@app.command()
-def finetune(
-    config: Config,
-    overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option(help="Begin anew; refused where the output folder holds checkpoints.")] = False,
-) -> None:
-    """Fine-tune an adapter on (context, prompt, response) triples; from the default adapter, unless told otherwise."""
-    _train(config, "instruct", overrides, fresh)
-
-
-@app.command()
 def info(
     path: Annotated[
         str | None, typer.Argument(help="A slot file or checkpoint. [default: the shipped adapters]", show_default=False)
@@ -297,38 +267,6 @@ def _load_slots(path: Path, model: str | None, base: str | None, device: str) ->
     return slots, load_model(model, base, device)
 
 
-def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool) -> None:
-    import yaml
-
-    from icae.config import TrainConfig, read_yaml
-
-    if "=" in config and not os.path.exists(config):
-        values, overrides = {}, [config, *(overrides or [])]
-    else:
-        values = read_yaml(config)
-    model = values.pop("model", None) or {}
-    if not isinstance(model, dict):
-        raise ICAEError(f"model in {config} must hold settings of its own, got {model!r}")
-    for override in overrides or []:
-        name, sign, value = override.partition("=")
-        if not sign:
-            raise ICAEError(f"override {override!r} is not of the form name=value")
-        target, key = (model, name.removeprefix("model.")) if name.startswith("model.") else (values, name)
-        try:
-            target[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ICAEError(f"override {override!r}: the value is no YAML ({' '.join(str(error).split())})") from error
-    if objective == "instruct" and "init" not in values and not model:
-        from icae.checkpoint import DEFAULT
-
-        values["init"] = DEFAULT
-    settings = TrainConfig.from_dict({**values, "objective": objective})
-    from icae.train import starting_config, train
-
-    folder = train(settings, starting_config(settings.init, model), resume=not fresh)
-    say(f"adapter in {folder}")
-
-
 def _sampling(temperature: float, seed: int) -> Any:
     from icae.reader import Sampling
 
@@ -346,6 +284,17 @@ def _stream(pieces: Iterator[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+# in the order in which `icae --help` lists them, behind those above
+app.command()(chat_cli.chat)
+app.command()(serve_cli.serve)
+app.command()(train_cli.pretrain)
+app.command()(train_cli.finetune)
+app.command()(reproduce_cli.reproduce)
+app.add_typer(store_cli.app, name="store")
+app.add_typer(data_cli.app, name="data")
+app.add_typer(evaluate_cli.app, name="evaluate")
 
 
 def main() -> None:

@@ -1,0 +1,66 @@
+"""`icae pretrain | finetune`: a config and settings over it -> an adapter. Heavy imports inside the commands."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from icae.errors import ICAEError
+from icae.terminal import say
+
+Config = Annotated[str, typer.Argument(help="YAML config, such as configs/kv-4x.yaml, or a first name=value.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings over the config's: name=value, or model.name=value.", show_default=False)
+]
+
+
+def pretrain(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Begin anew; refused where the output folder holds checkpoints.")] = False,
+) -> None:
+    """Pretrain an adapter by autoencoding and continuation; goes on from the newest checkpoint in its output folder."""
+    _train(config, "pretrain", overrides, fresh)
+
+
+def finetune(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Begin anew; refused where the output folder holds checkpoints.")] = False,
+) -> None:
+    """Fine-tune an adapter on (context, prompt, response) triples; from the default adapter, unless told otherwise."""
+    _train(config, "instruct", overrides, fresh)
+
+
+def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool) -> None:
+    import yaml
+
+    from icae.config import TrainConfig, read_yaml
+
+    if "=" in config and not os.path.exists(config):
+        values, overrides = {}, [config, *(overrides or [])]
+    else:
+        values = read_yaml(config)
+    model = values.pop("model", None) or {}
+    if not isinstance(model, dict):
+        raise ICAEError(f"model in {config} must hold settings of its own, got {model!r}")
+    for override in overrides or []:
+        name, sign, value = override.partition("=")
+        if not sign:
+            raise ICAEError(f"override {override!r} is not of the form name=value")
+        target, key = (model, name.removeprefix("model.")) if name.startswith("model.") else (values, name)
+        try:
+            target[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ICAEError(f"override {override!r}: the value is no YAML ({' '.join(str(error).split())})") from error
+    if objective == "instruct" and "init" not in values and not model:
+        from icae.checkpoint import DEFAULT
+
+        values["init"] = DEFAULT
+    settings = TrainConfig.from_dict({**values, "objective": objective})
+    from icae.train import starting_config, train
+
+    folder = train(settings, starting_config(settings.init, model), resume=not fresh)
+    say(f"adapter in {folder}")
