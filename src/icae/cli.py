@@ -15,7 +15,22 @@ import typer
 
 from icae import chat_cli, data_cli, evaluate_cli, reproduce_cli, serve_cli, store_cli, train_cli
 from icae.errors import ICAEError
-from icae.terminal import BaseName, Device, Json, Model, Ratio, Refine, Seed, check_ratio, lent, load_model, print_results, progress, say
+from icae.terminal import (
+    BaseName,
+    Device,
+    Json,
+    Model,
+    Polish,
+    Ratio,
+    Refine,
+    Seed,
+    check_ratio,
+    lent,
+    load_model,
+    print_results,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from icae.model import ICAE
@@ -60,6 +75,7 @@ def compress(
     source: Source = "-",
     out: Annotated[Path, typer.Option("--out", "-o", help="Slot file to write.")] = Path("slots.safetensors"),
     ratio: Ratio = None,
+    polish: Polish = None,
     half: Annotated[bool, typer.Option("--half/--full", help="Store in float16 (half the bytes) or as computed.")] = True,
     model: Model = None,
     base: BaseName = None,
@@ -69,7 +85,7 @@ def compress(
     """Compress a text into memory slots, once."""
     text = _text(source)
     check_ratio(ratio)
-    icae = load_model(model, base, device)
+    icae = load_model(model, base, device, polish)
     import torch
 
     ids = icae.base.encode(text)

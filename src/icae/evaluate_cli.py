@@ -15,6 +15,7 @@ from icae.terminal import (
     Device,
     Json,
     Model,
+    Polish,
     Ratio,
     Refine,
     Seed,
@@ -38,6 +39,7 @@ def evaluate_autoencoding(
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, with commas.")] = "64,128,256",
     samples: Samples = 32,
     ratio: Ratio = None,
+    polish: Polish = None,
     refine: Refine = None,
     seed: Seed = 0,
     model: Model = None,
@@ -55,7 +57,7 @@ def evaluate_autoencoding(
     except ValueError:
         raise ICAEError(f"lengths must be whole numbers with commas, got {lengths!r}; try 64,128,256") from None
     settings: dict[str, Any] = {"lengths": wanted, "samples": samples, "ratio": ratio, "refine": refine, "seed": seed}
-    rows = _evaluate(autoencoding, text, model, base, device, save, **settings)
+    rows = _evaluate(autoencoding, text, model, base, device, polish, save, **settings)
     columns = ["length", "ratio", "samples", "loss", "token_accuracy", "greedy_bleu", "greedy_exact_match", "bleu", "exact_match"]
     columns += [name for name in ("identical", "verified") if name in rows[0]]
     print_results(rows, as_json, lambda: print_table(columns, rows))
@@ -68,6 +70,7 @@ def evaluate_continuation(
     target: Annotated[int, typer.Option(help="Tokens that are scored after it.")] = 128,
     samples: Samples = 32,
     ratio: Ratio = None,
+    polish: Polish = None,
     seed: Seed = 0,
     model: Model = None,
     base: BaseName = None,
@@ -79,7 +82,9 @@ def evaluate_continuation(
     from icae.evaluate import continuation
 
     check_ratio(ratio)
-    result = _evaluate(continuation, text, model, base, device, save, length=length, target=target, samples=samples, ratio=ratio, seed=seed)
+    result = _evaluate(
+        continuation, text, model, base, device, polish, save, length=length, target=target, samples=samples, ratio=ratio, seed=seed
+    )
     print_results(result, as_json, lambda: print_table(list(result), [result]))
 
 
@@ -95,6 +100,7 @@ def evaluate_qa(
     sides: Annotated[str, typer.Option(help="What is asked, with commas.")] = "text,slots,none,cut,deleted",
     samples: QaSamples = None,
     ratio: Ratio = None,
+    polish: Polish = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -108,7 +114,7 @@ def evaluate_qa(
     from icae.qa import qa
 
     settings = {"sides": [side.strip() for side in sides.split(",")], "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa", qa, data, samples, seed, model, base, device, responses, save, as_json, **settings)
+    _evaluate_qa("qa", qa, data, samples, seed, model, base, device, polish, responses, save, as_json, **settings)
 
 
 @app.command("qa-documents")
@@ -117,6 +123,7 @@ def evaluate_qa_documents(
     documents: Annotated[int, typer.Option(help="Documents whose slots are joined; one of them answers.")] = 2,
     samples: QaSamples = None,
     ratio: Ratio = None,
+    polish: Polish = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -130,7 +137,7 @@ def evaluate_qa_documents(
     from icae.qa import documents as ask_documents
 
     settings = {"count": documents, "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa-documents", ask_documents, data, samples, seed, model, base, device, responses, save, as_json, **settings)
+    _evaluate_qa("qa-documents", ask_documents, data, samples, seed, model, base, device, polish, responses, save, as_json, **settings)
 
 
 @app.command("qa-places")
@@ -141,6 +148,7 @@ def evaluate_qa_places(
     sides: Annotated[str, typer.Option(help="slots, text, or both with a comma.")] = "slots",
     samples: QaSamples = None,
     ratio: Ratio = None,
+    polish: Polish = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -155,25 +163,39 @@ def evaluate_qa_places(
 
     wanted = [side.strip() for side in sides.split(",")]
     settings = {"length": length, "whole": whole, "sides": wanted, "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa-places", places, data, samples, seed, model, base, device, responses, save, as_json, **settings)
+    _evaluate_qa("qa-places", places, data, samples, seed, model, base, device, polish, responses, save, as_json, **settings)
 
 
 def _evaluate(
-    function: Callable[..., Any], text: str, model: str | None, base: str | None, device: str, save: Path | None, **settings: Any
+    function: Callable[..., Any],
+    text: str,
+    model: str | None,
+    base: str | None,
+    device: str,
+    polish: int | None,
+    save: Path | None,
+    **settings: Any,
 ) -> Any:
     """Load model and corpus, call an evaluation with a progress bar, and keep its figures where asked to."""
     from icae.data import load_corpus
 
     if settings["samples"] < 1:
         raise ICAEError(f"samples must be at least 1, got {settings['samples']}")
-    icae = load_model(model, base, device)
+    icae = load_model(model, base, device, polish)
     corpus = load_corpus(text, icae.base)
     with progress("evaluating", "samples") as tick:
         results = function(icae, corpus, progress=tick, **settings)
     if save is not None:
         from icae.report import write_report
 
-        write_report(save, function.__name__, _checkpoint_name(model), icae, {"text": "/".join(Path(text).parts[-2:]), **settings}, results)
+        write_report(
+            save,
+            function.__name__,
+            _checkpoint_name(model),
+            icae,
+            {"text": "/".join(Path(text).parts[-2:]), "polish": icae.config.polish, **settings},
+            results,
+        )
     return results
 
 
@@ -186,6 +208,7 @@ def _evaluate_qa(
     model: str | None,
     base: str | None,
     device: str,
+    polish: int | None,
     responses: Path | None,
     save: Path | None,
     as_json: bool,
@@ -199,7 +222,7 @@ def _evaluate_qa(
     if samples is not None and samples < 1:
         raise ICAEError(f"samples must be at least 1, got {samples}")
     every = load_triples(data)
-    icae = load_model(model, base, device)
+    icae = load_model(model, base, device, polish)
     with progress("asking", "questions") as tick:
         if name != "qa":  # the others also draw what stands around a context
             settings["seed"] = seed
@@ -211,7 +234,7 @@ def _evaluate_qa(
     if save is not None:
         from icae.report import write_report
 
-        about = {"data": Path(data).name, "samples": samples, "seed": seed, **settings}
+        about = {"data": Path(data).name, "samples": samples, "seed": seed, "polish": icae.config.polish, **settings}
         write_report(save, name, _checkpoint_name(model), icae, about, results)
 
     def plain() -> None:

@@ -7,6 +7,7 @@ compress   text(s) -> MemorySlots         reconstruct     slots -> the text, che
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -24,8 +25,9 @@ from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
+from icae.polish import polish as polished
 from icae.reader import GREEDY, Reader, Sampling, Score
-from icae.refine import Refined, refine
+from icae.refine import Refined, refine, tolerance
 from icae.segments import alike, cut
 from icae.slots import MemorySlots, Origin
 
@@ -98,7 +100,7 @@ class ICAE(nn.Module):
                 sha.update(f"{name} {tuple(tensor.shape)}".encode())
                 sha.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
             self._adapter_hash = sha.hexdigest()
-        return Origin(c.kind, c.ratio, c.layout, c.base, c.base_fingerprint, self._adapter_hash)
+        return Origin(c.kind, c.ratio, c.layout, c.base, c.base_fingerprint, self._adapter_hash, c.polish)
 
     def train(self, mode: bool = True) -> ICAE:
         """Switch between training and use (`torch.nn.Module.train`); what is trained gets a new hash."""
@@ -160,6 +162,7 @@ class ICAE(nn.Module):
         contexts: Sequence[list[int]],
         *,
         ratio: int | None = None,
+        polish: int | None = None,
         batch_size: int = 8,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[MemorySlots]:
@@ -171,6 +174,8 @@ class ICAE(nn.Module):
             Each of at least two tokens; long ones are cut into segments.
         ratio : int, optional
             Context tokens a slot; none: the checkpoint's own.
+        polish : int, optional
+            Gradient steps on each segment's slots after they were written (polish.py); none: the checkpoint's own.
         batch_size : int
             Segments encoded at once.
         progress : callable, optional
@@ -179,7 +184,7 @@ class ICAE(nn.Module):
         Raises
         ------
         ICAEError
-            If a context has fewer than two tokens, or the ratio is below 1.
+            If a context has fewer than two tokens, the ratio is below 1, or `polish` below 0.
         """
         ratio = self.config.ratio if ratio is None else ratio
         if ratio < 1:
@@ -189,7 +194,7 @@ class ICAE(nn.Module):
                 raise ICAEError(f"a context needs at least two tokens, this one has {len(ids)}; give a longer text")
         bounds = [cut(len(ids), self.config.segment_length, ratio) for ids in contexts]
         rows = [ids[a:b] for ids, cuts in zip(contexts, bounds, strict=True) for a, b in cuts]
-        made = iter(self.compress_segments(rows, ratio=ratio, batch_size=batch_size, progress=progress))
+        made = iter(self.compress_segments(rows, ratio=ratio, polish=polish, batch_size=batch_size, progress=progress))
         return [MemorySlots.concatenate([next(made) for _ in cuts]) for cuts in bounds]
 
     @torch.no_grad()
@@ -198,17 +203,22 @@ class ICAE(nn.Module):
         rows: Sequence[list[int]],
         *,
         ratio: int | None = None,
+        polish: int | None = None,
         batch_size: int = 8,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[MemorySlots]:
         """Compress segments given as token ids, each of one token or more, as they are; parameters as for `compress_ids`."""
         self.eval()
         ratio = self.config.ratio if ratio is None else ratio
-        origin, made = Origin(**{**self.origin.__dict__, "ratio": ratio}), []
+        steps = self.config.polish if polish is None else polish
+        if steps < 0:
+            raise ICAEError(f"polish must be at least 0, got {steps}; 1 is a good deal better than none, each costs a pass forth and back")
+        origin, made = dataclasses.replace(self.origin, ratio=ratio, polish=0), []
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
         for at in range(0, len(rows), batch_size):
             batch = [rows[i] for i in order[at : at + batch_size]]
-            made += self.encoder(padded(batch).to(self.base.device), [len(r) for r in batch], ratio).rows(origin)
+            written = self.encoder(padded(batch).to(self.base.device), [len(r) for r in batch], ratio).rows(origin)
+            made += polished(self.reader, written, batch, steps)
             if progress is not None:
                 progress(len(made), len(rows))
         back = dict(zip(order, made, strict=True))
@@ -279,7 +289,7 @@ class ICAE(nn.Module):
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            refined.append(Refined(joined([ids for ids, _ in segments]), [mismatch for _, mismatch in segments]))
+            refined.append(Refined(joined([ids for ids, _ in segments]), [mismatch for _, mismatch in segments], tolerance(s)))
         return refined
 
     def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:

@@ -24,6 +24,8 @@ from icae.slots import MemorySlots
 
 TOLERANCE = 1e-3
 """A slot's relative squared distance from the wanted one, below which it counts as the same: rounding to int8 makes 2e-5 of it."""
+POLISHED = 2.0
+"""In tolerances, what a step of polishing may add to that: one makes 6e-4 of it, four 5e-3; a wrong block is at 0.1 or more."""
 SHARE = 0.1
 """Of the worst slot's distance: blocks below it may only stand beside wrong ones, and wait."""
 ROUNDS = 12
@@ -62,16 +64,23 @@ class Refined:
     ids: list[int]
     mismatches: list[float]
     """Of each segment, how far its slots are from those it was read from: the worst slot's relative squared distance."""
+    tolerance: float = TOLERANCE
+    """Up to which they count as the same."""
 
     @property
     def doubtful(self) -> int:
         """Segments whose slots differ still."""
-        return sum(not m <= TOLERANCE for m in self.mismatches)
+        return sum(not m <= self.tolerance for m in self.mismatches)
 
     @property
     def verified(self) -> bool:
         """Whether its slots are the given ones, so that it is almost surely the text that was compressed."""
         return not self.doubtful
+
+
+def tolerance(slots: MemorySlots) -> float:
+    """Return the distance up to which slots count as the given ones."""
+    return TOLERANCE * (1 + POLISHED * slots.origin.polish)
 
 
 PLANS = {
@@ -105,7 +114,7 @@ def refine(encoder: Encoder, slots: MemorySlots, ids: Sequence[int], choices: Ch
     list of int
         The segment's ids.
     float
-        How far their slots are from the given ones: the worst slot's relative squared distance, over all layers. Up to `TOLERANCE` the
+        How far their slots are from the given ones: the worst slot's relative squared distance, over all layers. Up to `tolerance` the
         text is almost surely the one that was compressed.
     """
     length, by = slots.tokens, by or PLANS[encoder.read_from]
@@ -115,21 +124,21 @@ def refine(encoder: Encoder, slots: MemorySlots, ids: Sequence[int], choices: Ch
         for search in by.searches:
             probe = _search(search, encoder, slots, found, lambda ids, width=width: choices(ids, width))  # type: ignore[misc]
             found, mismatch = probe.ids, float(probe.distances.max())
-        if mismatch <= TOLERANCE:
+        if mismatch <= tolerance(slots):
             break
     return found, mismatch
 
 
 def _search(search: Search, encoder: Encoder, slots: MemorySlots, ids: list[int], choices: Callable[[list[int]], list[list[int]]]) -> Probe:
     """Change blocks whose slots differ, together or one by one, as long as the slots come nearer."""
-    ratio = slots.origin.ratio
+    ratio, enough = slots.origin.ratio, tolerance(slots)
 
     def look(ids: list[int]) -> Probe:
         return Probe(encoder, ids, slots.tensors, ratio, search.depth)
 
     probe, share = look(ids), SHARE
     for _ in range(ROUNDS):
-        blocks = (probe.distances > max(TOLERANCE, share * float(probe.distances.max()))).nonzero()[:, 0].tolist()
+        blocks = (probe.distances > max(enough, share * float(probe.distances.max()))).nonzero()[:, 0].tolist()
         if not blocks:
             break
         if search.order:

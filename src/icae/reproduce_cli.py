@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from icae.experiments import EXPERIMENTS
+from icae.terminal import Polish
 
 
 def _path(name: str, help: str) -> typer.models.OptionInfo:
@@ -26,6 +27,7 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", help="Few, short samples: shows that everything runs.")] = False,
     samples: Annotated[int | None, _path("--samples", "Samples a figure is taken over. [default: each experiment's own]")] = None,
     model: Annotated[str | None, _path("--model", "Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")] = None,
+    polish: Polish = None,
     base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id. [default: the checkpoint's]")] = None,
     embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind. [default: one that ships]")] = None,
     answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer. [default: one that ships]")] = None,
@@ -68,6 +70,7 @@ def reproduce(
     context = open_context(
         model=model,
         base=base,
+        polish=polish,
         embedding=embedding,
         answers=answers,
         device=device,

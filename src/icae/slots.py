@@ -57,6 +57,8 @@ class Origin:
     base_fingerprint: str
     adapter: str
     """Hash of the adapter's weights."""
+    polish: int = 0
+    """Gradient steps that they were polished by (polish.py)."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Json, load_model, progress
+from icae.terminal import Json, Polish, load_model, progress
 
 if TYPE_CHECKING:
     from icae.catalogue import Entry
@@ -32,6 +32,7 @@ def add(
     ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot. [default: the checkpoint's]")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="How slots are kept: float16, bfloat16, float32 or int8.")] = "float16",
     blobs: Annotated[str | None, typer.Option("--blobs", help="For a new store: folder or fsspec URL of the slots.")] = None,
+    polish: Polish = None,
     model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
@@ -46,7 +47,7 @@ def add(
         texts = [(name, texts[0][1], texts[0][2])]
     kept = _open(store, blobs, make=True)
 
-    icae = load_model(model, base, device)
+    icae = load_model(model, base, device, polish)
     rows = []
     for label, source, text in texts:
         begin = time.perf_counter()

@@ -21,6 +21,15 @@ BaseName = Annotated[str | None, typer.Option("--base", help="Base LLM: name, fo
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Ratio = Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot. [default: the checkpoint's]", show_default=False)]
+Polish = Annotated[
+    int | None,
+    typer.Option(
+        "--polish",
+        help="Gradient steps on the slots once they are written: each makes them truer to the text, and takes about twice what writing "
+        "them does; 0: none. [default: the checkpoint's, 1]",
+        show_default=False,
+    ),
+]
 Refine = Annotated[
     bool | None,
     typer.Option(
@@ -40,8 +49,11 @@ GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 """Has transformers leave keys and values that several heads share as they are: on CPUs faster, under a mask, than a copy a head."""
 
 
-def load_model(model: str | None, base: str | None, device: str) -> ICAE:
-    """Load a checkpoint, to run with the fastest matrix products there are; errors as for `ICAE.from_pretrained`."""
+def load_model(model: str | None, base: str | None, device: str, polish: int | None = None) -> ICAE:
+    """Load a checkpoint, to run with the fastest matrix products there are; errors as for `ICAE.from_pretrained`.
+
+    `polish` are the gradient steps on slots once they are written; none: the checkpoint's own.
+    """
     from icae.model import ICAE
     from icae.packed import packed_linear
 
@@ -50,7 +62,10 @@ def load_model(model: str | None, base: str | None, device: str) -> ICAE:
     if device == "cpu" and GROUPED not in os.environ:
         os.environ[GROUPED] = "1"
         lent.callback(os.environ.pop, GROUPED, None)
-    return ICAE.from_pretrained(model, base=base, device=device)
+    loaded = ICAE.from_pretrained(model, base=base, device=device)
+    if polish is not None:
+        loaded.config = loaded.config.replace(polish=polish)
+    return loaded
 
 
 def check_ratio(ratio: int | None) -> None:

@@ -54,6 +54,8 @@ class Context:
     rivals: list[str] = field(default_factory=list)
     """Models behind the judge's endpoint that answer from the full text."""
     seed: int = 0
+    polish: int | None = None
+    """Gradient steps on slots once they are written; none: each checkpoint's own."""
     say: Callable[[str], None] = _print
     known: dict[Any, Any] = field(default_factory=dict)
     """What was measured already, by all that decides it; several experiments look at the same texts."""
@@ -81,7 +83,9 @@ class Context:
         """Return the adapter of a folder, loaded once, on this context's base."""
         folder = find_checkpoint(folder)
         if folder not in self._loaded:
-            self._loaded[folder] = ICAE.from_pretrained(folder, base=self.base)
+            self._loaded[folder] = made = ICAE.from_pretrained(folder, base=self.base)
+            if self.polish is not None:
+                made.config = made.config.replace(polish=self.polish)
         return self._loaded[folder]
 
     # ---- texts ----
@@ -177,7 +181,8 @@ class Context:
             "judge": lambda: None if self.judge is None else {"model": self.judge.model, "rivals": self.rivals},
         }
         found = {n: parts[n]() if n in parts else self._checkpoint(self.checkpoints.get(n)) for n in needs}
-        return {"base": self.base.name, "base_fingerprint": self.base.fingerprint, "seed": self.seed, **found}
+        steps = read_config(self.checkpoints["main"]).polish if self.polish is None else self.polish
+        return {"base": self.base.name, "polish": steps, "base_fingerprint": self.base.fingerprint, "seed": self.seed, **found}
 
     def _ablation_hashes(self) -> dict[str, Any]:
         folders = sorted(self.ablations.iterdir()) if self.ablations is not None and self.ablations.is_dir() else []
