@@ -64,11 +64,15 @@ def results_table(checkpoint: str | None = None) -> str:
     tables = [
         (
             "autoencoding",
-            "| adapter | read back | loss | token accuracy | BLEU, greedy (95% interval) | BLEU, refined | exact | samples | commit |",
+            "| adapter | read back | polish | loss | token accuracy | BLEU, greedy (95% interval) | refined | exact | samples | commit |",
             _autoencoding,
         ),
-        ("continuation", "| adapter | continued | perplexity from text | from slots | from nothing | samples | commit |", _continuation),
-        ("qa", "| adapter | token F1 from text | from slots (95% interval) | from nothing | questions | commit |", _qa),
+        (
+            "continuation",
+            "| adapter | continued | polish | perplexity from text | from slots | from nothing | samples | commit |",
+            _continuation,
+        ),
+        ("qa", "| adapter | polish | token F1 from text | from slots (95% interval) | from nothing | questions | commit |", _qa),
     ]
     lines: list[str] = []
     for name, head, cells in tables:
@@ -87,20 +91,21 @@ def _autoencoding(results: list[dict[str, Any]], about: dict[str, Any]) -> Itera
         place = f"{x['length']} tokens of {about['text']}, {x['ratio']:.3g}x"
         refined = [spread(x, "bleu"), f"{x['identical']:.0%}"] if "identical" in x else ["", ""]
         greedy = spread(x, "greedy_bleu" if "greedy_bleu" in x else "bleu")
-        yield [place, f"{x['loss']:.3f}", f"{x['token_accuracy']:.3f}", greedy, *refined, x["samples"]]
+        yield [place, about.get("polish", 0), f"{x['loss']:.3f}", f"{x['token_accuracy']:.3f}", greedy, *refined, x["samples"]]
 
 
 def _continuation(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
     yield [
         f"{x['length']} -> {x['target']} tokens of {about['text']}",
+        about.get("polish", 0),
         *(f"{x['ppl_' + side]:.2f}" for side in ("text", "slots", "none")),
         x["samples"],
     ]
 
 
-def _qa(x: dict[str, Any], _: dict[str, Any]) -> Iterator[list[Any]]:
+def _qa(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
     low, high = x["f1_slots_interval"]
-    yield [f"{x['f1_text']:.3f}", f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", f"{x['f1_none']:.3f}", x["n"]]
+    yield [about.get("polish", 0), f"{x['f1_text']:.3f}", f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", f"{x['f1_none']:.3f}", x["n"]]
 
 
 def answers_table() -> str:

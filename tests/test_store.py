@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -30,6 +31,9 @@ class Fake:
         self.config = SimpleNamespace(segment_length=segment_length, ratio=4)
         self.origin = Origin("embedding", 4, "spread", "fake", "f" * 64, adapter * 64)
         self.compressed = 0
+
+    def origin_at(self, ratio):
+        return dataclasses.replace(self.origin, ratio=ratio)
 
     def compress_segments(self, contexts, *, ratio=None, batch_size=8):
         made = []

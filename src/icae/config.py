@@ -90,8 +90,10 @@ class ICAEConfig(_Config):
     kind: str = setting("kv", "What a memory slot is: 'kv' (keys and values in every layer) or 'embedding' (last hidden state).")
     ratio: int = setting(4, "Context tokens a memory slot stands for, by default.")
     segment_length: int = setting(128, "Longest piece of context, in tokens, that is encoded at once; longer texts are cut evenly.")
-    polish: int = setting(
-        1, "Gradient steps on a segment's slots after they were written, by default: each costs about twice what encoding does; 0: none."
+    polish: int | None = setting(
+        None,
+        "Gradient steps on a segment's slots after they were written, by default: each costs about twice what encoding does; none: one for "
+        "every four tokens that a slot stands for.",
     )
     layout: str = setting("spread", "Position ids of memory tokens: 'spread' over the context or 'appended' after it.")
     memory: str = setting(
@@ -126,7 +128,8 @@ class ICAEConfig(_Config):
         if self.slot_norm is not None:
             _at_least("slot_norm", self.slot_norm, 1e-3, "100 learns fast")
         _at_least("ratio", self.ratio, 1, "4 keeps about everything, 16 the gist")
-        _at_least("polish", self.polish, 0, "1 is a good deal better than none")
+        if self.polish is not None:
+            _at_least("polish", self.polish, 0, "1 is a good deal better than none")
         _at_least("segment_length", self.segment_length, self.ratio, "a segment holds one slot's block at least")
         _at_least("marker_length", self.marker_length, 1, "2 lets the first token be read back too")
         _at_least("lora_rank", self.lora_rank, 1, "64 is the default")

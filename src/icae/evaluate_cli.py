@@ -193,7 +193,7 @@ def _evaluate(
             function.__name__,
             _checkpoint_name(model),
             icae,
-            {"text": "/".join(Path(text).parts[-2:]), "polish": icae.config.polish, **settings},
+            {"text": "/".join(Path(text).parts[-2:]), "polish": icae.origin_at(settings["ratio"]).polish, **settings},
             results,
         )
     return results
@@ -234,7 +234,7 @@ def _evaluate_qa(
     if save is not None:
         from icae.report import write_report
 
-        about = {"data": Path(data).name, "samples": samples, "seed": seed, "polish": icae.config.polish, **settings}
+        about = {"data": Path(data).name, "samples": samples, "seed": seed, "polish": icae.origin_at(settings["ratio"]).polish, **settings}
         write_report(save, name, _checkpoint_name(model), icae, about, results)
 
     def plain() -> None:

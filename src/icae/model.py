@@ -25,6 +25,7 @@ from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
+from icae.polish import default_steps
 from icae.polish import polish as polished
 from icae.reader import GREEDY, Reader, Sampling, Score
 from icae.refine import Refined, refine, tolerance
@@ -100,7 +101,15 @@ class ICAE(nn.Module):
                 sha.update(f"{name} {tuple(tensor.shape)}".encode())
                 sha.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
             self._adapter_hash = sha.hexdigest()
-        return Origin(c.kind, c.ratio, c.layout, c.base, c.base_fingerprint, self._adapter_hash, c.polish)
+        return Origin(c.kind, c.ratio, c.layout, c.base, c.base_fingerprint, self._adapter_hash, self._steps(c.ratio))
+
+    def origin_at(self, ratio: int | None = None, polish: int | None = None) -> Origin:
+        """Return the origin of slots with this ratio and so many steps of polishing; none: the checkpoint's own."""
+        ratio = self.config.ratio if ratio is None else ratio
+        return dataclasses.replace(self.origin, ratio=ratio, polish=self._steps(ratio) if polish is None else polish)
+
+    def _steps(self, ratio: int) -> int:
+        return default_steps(ratio) if self.config.polish is None else self.config.polish
 
     def train(self, mode: bool = True) -> ICAE:
         """Switch between training and use (`torch.nn.Module.train`); what is trained gets a new hash."""
@@ -209,16 +218,15 @@ class ICAE(nn.Module):
     ) -> list[MemorySlots]:
         """Compress segments given as token ids, each of one token or more, as they are; parameters as for `compress_ids`."""
         self.eval()
-        ratio = self.config.ratio if ratio is None else ratio
-        steps = self.config.polish if polish is None else polish
-        if steps < 0:
-            raise ICAEError(f"polish must be at least 0, got {steps}; 1 is a good deal better than none, each costs a pass forth and back")
-        origin, made = dataclasses.replace(self.origin, ratio=ratio, polish=0), []
+        if polish is not None and polish < 0:
+            raise ICAEError(f"polish must be at least 0, got {polish}; 1 is a good deal better than none, each costs a pass forth and back")
+        origin, made = self.origin_at(ratio, polish), []
+        unpolished = dataclasses.replace(origin, polish=0)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
         for at in range(0, len(rows), batch_size):
             batch = [rows[i] for i in order[at : at + batch_size]]
-            written = self.encoder(padded(batch).to(self.base.device), [len(r) for r in batch], ratio).rows(origin)
-            made += polished(self.reader, written, batch, steps)
+            written = self.encoder(padded(batch).to(self.base.device), [len(r) for r in batch], origin.ratio).rows(unpolished)
+            made += polished(self.reader, written, batch, origin.polish)
             if progress is not None:
                 progress(len(made), len(rows))
         back = dict(zip(order, made, strict=True))

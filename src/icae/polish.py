@@ -4,7 +4,7 @@
 
 The encoder writes slots in one pass, by one function for all texts; a step on the slots is for this text alone (semi-amortized
 inference, arXiv 1802.02550; vectors optimised for one text: arXiv 2502.13063). Adam (arXiv 1412.6980) takes it, in units of each layer's
-own size: at the first step every number moves by `RATE` of that, in the direction that lowers the loss. Only the slots change: no
+own size: at the first step a number moves by up to `RATE` of that, in the direction that lowers the loss. Only the slots change: no
 weight, no length, and nothing that reads them.
 
 It costs a pass of the decoder over the text, forward and back, a step: about twice what the encoder costs.
@@ -26,13 +26,20 @@ from icae.reader import Reader
 from icae.slots import MemorySlots
 
 RATE = 0.03
-"""How far a number moves a step, at most, in root mean squares of its tensor's layer."""
+"""How far a number moves a step, at most, in root mean squares of its tensor's layer: at 4x; elsewhere by the root of the ratio."""
+BLOCK = 4
+"""Tokens of a slot for which a step is taken, by default."""
 BETAS = (0.8, 0.9)
 """How much of the mean gradient and of the mean squared one is kept from step to step."""
 DAMPING = 0.3
 """In root mean squares of the layer's gradient: what is small beside it moves little, so that rounding decides nothing."""
 TOKENS_AT_ONCE = 256
 """Text whose activations are held for the gradient."""
+
+
+def default_steps(ratio: int) -> int:
+    """Return the steps for slots that stand for `ratio` tokens each."""
+    return -(-ratio // BLOCK)
 
 
 def polish(
@@ -83,6 +90,7 @@ def _polished(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequ
     keys = [(b, name) for b, row in enumerate(rows) for name in row]
     sizes = {(b, name): _size(rows[b][name]) for b, name in keys}
     means = {key: (0.0, 0.0) for key in keys}
+    rates = [RATE * (s.origin.ratio / BLOCK) ** 0.5 for s in slots]
     for step in range(1, steps + 1):
         leaves = {(b, name): rows[b][name].detach().requires_grad_() for b, name in keys}
         with torch.enable_grad(), fast_linear():
@@ -95,7 +103,7 @@ def _polished(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequ
             first, second = (m / (1 - b**step) for b, m in zip(BETAS, (first, second), strict=True))
             floor = (DAMPING * _size(gradient)) ** 2
             b, name = key
-            rows[b][name] = rows[b][name] - RATE * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
+            rows[b][name] = rows[b][name] - rates[b] * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
     return [
         dataclasses.replace(
             s,

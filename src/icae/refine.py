@@ -24,8 +24,9 @@ from icae.slots import MemorySlots
 
 TOLERANCE = 1e-3
 """A slot's relative squared distance from the wanted one, below which it counts as the same: rounding to int8 makes 2e-5 of it."""
-POLISHED = 2.0
-"""In tolerances, what a step of polishing may add to that: one makes 6e-4 of it, four 5e-3; a wrong block is at 0.1 or more."""
+POLISHED, MOST = 2.0, 0.03
+"""In tolerances, what a step of polishing at 4x may add to that (one makes 6e-4 of it, four 5e-3), and the most that is allowed in all: a
+wrong block is at 0.1."""
 SHARE = 0.1
 """Of the worst slot's distance: blocks below it may only stand beside wrong ones, and wait."""
 ROUNDS = 12
@@ -80,7 +81,7 @@ class Refined:
 
 def tolerance(slots: MemorySlots) -> float:
     """Return the distance up to which slots count as the given ones."""
-    return TOLERANCE * (1 + POLISHED * slots.origin.polish)
+    return min(TOLERANCE * (1 + POLISHED * slots.origin.polish * slots.origin.ratio / 4), MOST)
 
 
 PLANS = {

@@ -39,9 +39,8 @@ class Compressor(Protocol):
     base: Any
     config: Any
 
-    @property
-    def origin(self) -> Origin:
-        """Who makes the slots."""
+    def origin_at(self, ratio: int) -> Origin:
+        """Tell all that decides what the slots of a text are."""
 
     def compress_segments(self, rows: Any, *, ratio: int | None = None, batch_size: int = 8) -> list[MemorySlots]:
         """Compress segments of token ids, each alone."""
@@ -151,7 +150,7 @@ class SlotStore:
         length, ratio = model.config.segment_length, model.config.ratio if ratio is None else ratio
         newlines = {i: n for i in set(ids) if (n := model.base.decode([i]).count("\n"))}
         rows = [ids[a:b] for a, b in chapters(ids, length, newlines)]
-        about = {**dataclasses.asdict(model.origin), "ratio": ratio, "segment_length": length, "dtype": dtype}
+        about = {**dataclasses.asdict(model.origin_at(ratio)), "segment_length": length, "dtype": dtype}
         keys = [blob_key(row, about) for row in rows]
         content = content_hash(keys)
         todo, fresh = {k: row for k, row in zip(keys, rows, strict=True)}, {}

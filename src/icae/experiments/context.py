@@ -181,8 +181,8 @@ class Context:
             "judge": lambda: None if self.judge is None else {"model": self.judge.model, "rivals": self.rivals},
         }
         found = {n: parts[n]() if n in parts else self._checkpoint(self.checkpoints.get(n)) for n in needs}
-        steps = read_config(self.checkpoints["main"]).polish if self.polish is None else self.polish
-        return {"base": self.base.name, "polish": steps, "base_fingerprint": self.base.fingerprint, "seed": self.seed, **found}
+        polish = "by ratio" if self.polish is None else self.polish
+        return {"base": self.base.name, "base_fingerprint": self.base.fingerprint, "seed": self.seed, "polish": polish, **found}
 
     def _ablation_hashes(self) -> dict[str, Any]:
         folders = sorted(self.ablations.iterdir()) if self.ablations is not None and self.ablations.is_dir() else []
