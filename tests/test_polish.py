@@ -46,6 +46,14 @@ def test_slots_keep_their_form_and_tell_their_steps(model):
     assert {t.dtype for t in polish(model.reader, [half], [ids[: half.tokens]], 1)[0].tensors.values()} == {torch.float16}
 
 
+def test_inference_mode_is_no_obstacle(model):
+    texts = random_ids(16)
+    with torch.inference_mode():
+        (inside,) = model.compress_segments(texts, polish=2)
+    (outside,) = model.compress_segments(texts, polish=2)
+    assert all(torch.equal(t, outside.tensors[name]) for name, t in inside.tensors.items())
+
+
 def test_a_number_moves_no_further_than_the_rate(model):
     texts = random_ids(16)
     (plain,), (done,) = (model.compress_segments(texts, polish=steps) for steps in (0, 1))

@@ -81,12 +81,13 @@ def polish(
     return made if steps else list(slots)
 
 
+@torch.inference_mode(False)
 def _polished(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequence[int]], steps: int) -> list[MemorySlots]:
     """Polish segments together."""
     device = slots[0].positions.device
     data: Any = collate([Example([], Marker.AE, [], list(ids)) for ids in texts])
     data = [data[name].to(device) for name in ("markers", "text_ids", "real", "scored", "weights")]
-    rows = [{name: t.float() for name, t in s.tensors.items()} for s in slots]
+    rows = [{name: t.float().clone() for name, t in s.tensors.items()} for s in slots]
     keys = [(b, name) for b, row in enumerate(rows) for name in row]
     sizes = {(b, name): _size(rows[b][name]) for b, name in keys}
     means = {key: (0.0, 0.0) for key in keys}
