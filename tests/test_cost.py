@@ -11,7 +11,9 @@ ROTARY = 0.01
 
 def counted(model, length, *, plain=False):
     """Operations of one sample's forward and backward pass by torch's own counter."""
-    for tree in (model.base.model, model.encoder.peft.get_base_model()):
+    trees = [model.base.model, model.encoder.peft.get_base_model()]
+    before = [tree.config._attn_implementation for tree in trees]
+    for tree in trees:
         tree.set_attn_implementation("eager")  # the counter knows no fused attention for CPUs
     batch = collate([autoencoding(list(range(5, 5 + length)), 64, 1)])
     for p in model.base.model.parameters():
@@ -21,6 +23,8 @@ def counted(model, length, *, plain=False):
     for p in model.base.model.parameters():  # the tests share this base
         p.requires_grad_(False)
         p.grad = None
+    for tree, name in zip(trees, before, strict=True):
+        tree.set_attn_implementation(name)
     return counter.get_total_flops()
 
 
