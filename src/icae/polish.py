@@ -13,7 +13,7 @@ It costs a pass of the decoder over the text, forward and back, a step: about tw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,6 @@ def polish(
     slots: Sequence[MemorySlots],
     texts: Sequence[Sequence[int]],
     steps: int,
-    *,
-    progress: Callable[[int], None] | None = None,
 ) -> list[MemorySlots]:
     """Polish the slots of single segments.
 
@@ -62,8 +60,6 @@ def polish(
         The ids of each segment.
     steps : int
         Gradient steps; 0: the slots stay as they are.
-    progress : callable, optional
-        Called with the segments that were polished since the last call.
 
     Returns
     -------
@@ -76,8 +72,6 @@ def polish(
         while end < len(slots) and (end + 1 - begin) * max(map(len, texts[begin : end + 1])) <= TOKENS_AT_ONCE:
             end += 1
         made += _polished(reader, slots[begin:end], texts[begin:end], steps)
-        if progress is not None:
-            progress(end - begin)
     return made if steps else list(slots)
 
 
