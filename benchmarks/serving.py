@@ -29,6 +29,7 @@ from served import Answer, Served, ask, chat, stream
 from soak import soak
 from transformers import DynamicCache
 
+from icae.base import cached
 from icae.blobs import pack, unpack
 from icae.chat import chat_prompt
 from icae.metrics import bleu, interval
@@ -137,7 +138,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     text, cache = {}, DynamicCache()
     with torch.no_grad():
         for name, ids in (("context", context.ids), ("whole", question + [question[-1]] * size.answer)):
-            model.base.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model.base.model(input_ids=torch.tensor([ids]), **cached(model.base.model, cache), logits_to_keep=1)
             text[name] = sum(_bytes(layer) for layer in cache.layers)
     ratio = {name: text[name] / slots[name] for name in slots}
 

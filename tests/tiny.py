@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from icae.base import Base
+from icae.base import Base, cached
 from icae.config import ICAEConfig
 from icae.model import ICAE
 from icae.slots import MemorySlots, Origin, Segment
@@ -118,7 +118,7 @@ def prefix_cache(base: Base, ids: list[int], first: int = 0) -> dict[str, Tensor
 
     places, cache = torch.arange(first, first + len(ids))[None], DynamicCache()
     with torch.no_grad():
-        base.model(input_ids=torch.tensor([ids]), position_ids=places, past_key_values=cache, use_cache=True)
+        base.model(input_ids=torch.tensor([ids]), position_ids=places, **cached(base.model, cache))
     return {name: torch.stack([getattr(layer, name)[0].transpose(0, 1) for layer in cache.layers], 1) for name in ("keys", "values")}
 
 

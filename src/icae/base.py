@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +180,21 @@ def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32,
     if dtype != "auto":
         model.to(dtype)
     return Base(model.to(device), tokenizer, name, mark)
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the arguments that have a transformers model, or its body, read from a cache and write to it."""
+    return {_cache_argument(type(model).forward): cache, "use_cache": True}
+
+
+@cache
+def _cache_argument(forward: Callable) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"  # its name before transformers 5.24
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache that a transformers model's output brings along."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
 
 
 def fingerprint(model: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icae.base import Base
+from icae.base import Base, cached
 from icae.slots import SlotBatch
 
 
@@ -125,8 +125,7 @@ class Decoder:
                 input_ids=ids[:, None],
                 position_ids=position[:, None],
                 attention_mask=real.long(),
-                past_key_values=cache,
-                use_cache=True,
+                **cached(self.base.model, cache),
             )
             logits = output.logits[:, -1]
 
@@ -140,8 +139,7 @@ class Decoder:
                 inputs_embeds=slots.tensors["embeddings"].to(self.base.dtype),
                 position_ids=slots.positions,
                 attention_mask=slots.mask.long(),
-                past_key_values=cache,
-                use_cache=True,
+                **cached(self.base.model, cache),
                 logits_to_keep=1,
             )
         else:
@@ -172,11 +170,10 @@ class Decoder:
             inputs_embeds=inputs,
             position_ids=positions,
             attention_mask=real.long(),
-            past_key_values=cache,
-            use_cache=True,
+            **cached(self.base.model, cache),
             logits_to_keep=keep,
         )
-        return output.logits, output.past_key_values, real
+        return output.logits, cache, real
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator | None) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icae.base import cached
 from icae.encoder import Encoder
 from icae.objectives import padded
 from icae.segments import positions
@@ -71,7 +72,7 @@ class Probe:
         memory = encoder.memory_tokens(context, real, count, ratio)
         self.cache: Any = DynamicCache()
         places = torch.tensor([self.layout.context + self.layout.memory], device=self.device)
-        output = self.layers(inputs_embeds=torch.cat([context, memory], 1), position_ids=places, past_key_values=self.cache, use_cache=True)
+        output = self.layers(inputs_embeds=torch.cat([context, memory], 1), position_ids=places, **cached(self.layers, self.cache))
         self.hidden = output.last_hidden_state[0, len(self.ids) :]
         made = encoder.read(output, len(self.ids), self._moved(range(count))[None], memory)
         self.distances = self._compare({name: t[0] for name, t in made.items()}, range(count))
@@ -124,8 +125,7 @@ class Probe:
             inputs_embeds=torch.cat([context, memory], 1),
             position_ids=places,
             attention_mask=mask[:, None],
-            past_key_values=cache,
-            use_cache=True,
+            **cached(self.layers, cache),
         )
         made = self.encoder.read(output, -1, moved, memory)
         return self._compare({name: t[:, 0] for name, t in made.items()}, chosen)

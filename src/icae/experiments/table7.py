@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from icae.base import cache_of
 from icae.experiments.context import Context, hashes
 from icae.experiments.table import Cell, Column, Table
 from icae.model import ICAE
@@ -135,7 +136,7 @@ def generate_from_slots(model: ICAE, slots: Sequence[MemorySlots], count: int) -
     """Generate `count` tokens that continue the slots' texts; one list a step."""
     batch = SlotBatch.pad([s.to(model.base.device) for s in slots])
     marker = model.markers[int(Marker.LM)].to(model.base.dtype).expand(len(slots), -1, -1)
-    places = batch.spans[:, None] + torch.arange(marker.shape[1], device=model.base.device)
+    places = (torch.tensor(batch.spans)[:, None] + torch.arange(marker.shape[1])).to(model.base.device)
     return list(model.decoder.generate(batch, marker, places, torch.ones_like(places, dtype=torch.bool), [count] * len(slots), stop=[]))
 
 
@@ -196,6 +197,6 @@ def _cache_bytes(context: Context, model: ICAE, slots: Sequence[MemorySlots]) ->
         return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))  # type: ignore[attr-defined]
 
     two = torch.zeros(1, 2, dtype=torch.long, device=model.base.device)
-    token = size(model.base.model(input_ids=two, use_cache=True).past_key_values) / 2
+    token = size(cache_of(model.base.model(input_ids=two, use_cache=True))) / 2
     batch = SlotBatch.pad([s.to(model.base.device) for s in slots])
     return {"token": token, "slots": size(model.decoder.prefix(batch))}

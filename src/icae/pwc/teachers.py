@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from icae.base import Base
+from icae.base import Base, cached
 from icae.chat import chat_prompt, full_text
 from icae.decoder import Decoder
 from icae.errors import ICAEError
@@ -112,8 +112,7 @@ class BaseTeacher:
         self.base.model.get_decoder()(
             input_ids=padded(rows).to(self.base.device),
             attention_mask=real.long().to(self.base.device),
-            past_key_values=cache,
-            use_cache=True,
+            **cached(self.base.model.get_decoder(), cache),
         )
         origin, found = Origin("kv", 1, "spread", self.base.name, self.base.fingerprint, "none"), []
         for b, row in enumerate(rows):

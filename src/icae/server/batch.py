@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from icae.base import cached
 from icae.model import ICAE
 from icae.server.attention import has_windows, sharing
 from icae.server.row import Row
@@ -146,8 +147,7 @@ class Batch:
                 input_ids=torch.tensor(ids, device=device),
                 position_ids=places.clamp(max=self.base.max_positions - 1),
                 attention_mask=self.read[:rows, self.low : self.end + width].long(),
-                past_key_values=Cache(layers=list(self.layers)),
-                use_cache=True,
+                **cached(self.base.model, Cache(layers=list(self.layers))),
             ).logits
 
     def _make_room(self, new: Row | None = None, length: int = 0, more: int = 1) -> None:

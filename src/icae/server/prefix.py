@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from icae.base import cached
 from icae.errors import ICAEError
 from icae.model import ICAE
 from icae.objectives import Marker
@@ -192,8 +193,7 @@ def prefill(
                 inputs_embeds=piece,
                 position_ids=places,
                 attention_mask=torch.ones(1, read, dtype=torch.long, device=prompt.device),
-                past_key_values=cache,
-                use_cache=True,
+                **cached(base.model, cache),
                 logits_to_keep=1,
             )
     row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids, context)
