@@ -24,10 +24,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from icae.base import Base, load_base
 from icae.config import ICAEConfig, TrainConfig, read_yaml
 from icae.errors import ICAEError
+from icae.fused import effective_weights
 from icae.matmul import fast_linear
 from icae.model import ICAE
 from icae.qa import drawn, qa
@@ -46,7 +48,7 @@ class FullText(nn.Module):
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
-        self.base = base
+        self.base, self.fused = base, base.device.type != "cpu"
         self.lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -60,9 +62,13 @@ class FullText(nn.Module):
         """Return the mean over samples of the mean cross-entropy over their response's tokens."""
         if teacher is None:  # every sample of the batch was replayed
             return {"loss": sum((p.sum() * 0 for p in self.trained().values()), torch.zeros(()))}
-        ids, scored = teacher["ids"], teacher["scored"]
-        keep = scored.any(0).nonzero()[:, 0]
-        logits = self.peft(input_ids=ids[:, :-1], attention_mask=teacher["real"][:, :-1].long(), logits_to_keep=keep - 1).logits
+        keep = teacher["scored"].any(0).nonzero()[:, 0].to(self.base.device)
+        ids, scored, real = (teacher[name].to(self.base.device) for name in ("ids", "scored", "real"))
+        inputs = {"input_ids": ids[:, :-1], "attention_mask": real[:, :-1].long(), "logits_to_keep": keep - 1}
+        if self.fused and self.training:
+            logits = functional_call(self.base.model, effective_weights(self.peft.get_base_model()), kwargs=inputs).logits
+        else:
+            logits = self.peft(**inputs).logits
         nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, keep].flatten(), reduction="none")
         wanted = scored[:, keep]
         return {"loss": ((nll.view(wanted.shape) * wanted).sum(1) / wanted.sum(1).clamp(min=1)).mean()}
@@ -107,12 +113,14 @@ def train(config: str, overrides: list[str]) -> Path:
     shape = starting_config(settings.init, model)
     torch.manual_seed(settings.seed)
     arguments = make_arguments(settings, quiet=False)
-    base = load_base(shape.base, device=str(arguments.device))
+    base = load_base(shape.base, dtype=torch.bfloat16 if settings.bf16 else torch.float32, device=str(arguments.device))
     samples, held_out = make_data(settings, base, shape, arguments.world_size)
     return run(FullText(base, shape), settings, arguments, samples, held_out, resume=True)
 
 
-def evaluate(folder: Path, data: str, samples: int | None, seed: int, max_tokens: int, save: Path | None) -> dict[str, Any]:
+def evaluate(
+    folder: Path, data: str, samples: int | None, seed: int, max_tokens: int, save: Path | None, device: str = "cpu"
+) -> dict[str, Any]:
     """Ask the tuned base with the full text, and with nothing."""
     from peft import PeftModel
 
@@ -120,7 +128,7 @@ def evaluate(folder: Path, data: str, samples: int | None, seed: int, max_tokens
         about = json.loads((folder / ABOUT).read_text())
     except OSError as error:
         raise ICAEError(f"{folder} holds no {ABOUT}; train one first") from error
-    base = load_base(about["base"])
+    base = load_base(about["base"], device=device)
     if base.fingerprint != about["fingerprint"]:
         raise ICAEError(f"{folder} was trained on another base than {base.name!r}")
     tuned = PeftModel.from_pretrained(base.model, folder).merge_and_unload().eval().requires_grad_(False)
@@ -163,12 +171,13 @@ def main() -> None:
     measuring.add_argument("--seed", type=int, default=0)
     measuring.add_argument("--max-tokens", type=int, default=48)
     measuring.add_argument("--save", type=Path)
+    measuring.add_argument("--device", default="cpu")
     a = parser.parse_args()
     try:
         if a.verb == "train":
             print(train(a.config, a.overrides))
         else:
-            print(json.dumps(evaluate(a.folder, a.data, a.samples, a.seed, a.max_tokens, a.save)))
+            print(json.dumps(evaluate(a.folder, a.data, a.samples, a.seed, a.max_tokens, a.save, a.device)))
     except ICAEError as error:
         sys.exit(f"error: {error}")
 

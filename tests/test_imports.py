@@ -11,6 +11,7 @@ LEVELS = {
     "errors": 0,
     "config": 1,
     "segments": 1,
+    "fused": 0,
     "matmul": 1,
     "packed": 2,
     "muon": 1,

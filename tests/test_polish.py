@@ -80,7 +80,7 @@ def test_the_checkpoint_s_own_steps_are_taken_unless_told_otherwise(base):
     assert model.origin.polish == 1 and model.compress_ids([ids])[0].origin.polish == 1
     assert model.compress_ids([ids], polish=0)[0].origin.polish == 0
     model = make_icae(base, stirred=0.05, polish=None)
-    assert [model.compress_ids([ids], ratio=r)[0].origin.polish for r in (None, 2, 8, 16)] == [1, 1, 2, 4]
+    assert [model.compress_ids([ids], ratio=r)[0].origin.polish for r in (None, 2, 8, 16)] == [2, 2, 3, 5]
     assert model.origin_at(8) == model.compress_ids([ids], ratio=8)[0].origin
     with pytest.raises(ICAEError, match="polish must be at least 0"):
         model.compress_ids([ids], polish=-1)

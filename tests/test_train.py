@@ -334,3 +334,10 @@ def test_fine_tuning_settings_that_cannot_be_are_refused(settings, config, quest
         with pytest.raises(ICAEError) as error:
             train(settings, config, **changes)
         one_line(error.value, words)
+
+
+def test_minutes_end_a_run_and_its_schedule_before_its_steps_do(settings, config):
+    folder = train(settings, config, steps=10**6, minutes=0.03, save_steps=10**6)
+    rates = [row["learning_rate"] for row in history(folder) if "loss" in row]
+    assert 3 < len(rates) < 10**5
+    assert rates[-1] < 0.3 * max(rates)

@@ -92,8 +92,8 @@ class ICAEConfig(_Config):
     segment_length: int = setting(128, "Longest piece of context, in tokens, that is encoded at once; longer texts are cut evenly.")
     polish: int | None = setting(
         None,
-        "Gradient steps on a segment's slots after they were written, by default: each costs about twice what encoding does; none: one for "
-        "every four tokens that a slot stands for.",
+        "Gradient steps on a segment's slots after they were written, by default: each costs about twice what encoding does; none: one, "
+        "and another for every four tokens that a slot stands for.",
     )
     layout: str = setting("spread", "Position ids of memory tokens: 'spread' over the context or 'appended' after it.")
     memory: str = setting(
@@ -152,6 +152,7 @@ class TrainConfig(_Config):
     init: str | None = setting(None, "Checkpoint folder to start from; none: a new adapter.")
     max_tokens: int | None = setting(None, "Read at most this many tokens of the training data; none: all.")
     steps: int = setting(1000, "Optimizer updates.")
+    minutes: float | None = setting(None, "End sooner, after so many minutes; the learning rate then falls by the clock. None: never.")
     windows: list[list[int]] = setting(
         [[0, 32], [300, 64], [600, 128]],
         "Curriculum: [first step, context tokens of a segment, most segments before a continuation (left out: 1)].",
@@ -201,14 +202,17 @@ class TrainConfig(_Config):
     keep: int = setting(2, "Checkpoints kept.")
     log_steps: int = setting(10, "Updates between log lines.")
     seed: int = setting(0, "Seed of the initial weights and of the order of samples.")
-    bf16: bool = setting(False, "Train in bfloat16 autocast (for accelerators; slow on most CPUs).")
+    bf16: bool = setting(False, "Keep the frozen base in bfloat16, and compute in it (for accelerators; slow on most CPUs).")
     device: str = setting("cpu", "'cpu', 'cuda' or 'mps'.")
+    workers: int = setting(0, "Processes that prepare samples; 0: the training process itself, which keeps up on a CPU.")
 
     def __post_init__(self) -> None:
         """Check every field, so that a bad setting is named before hours are spent."""
         _choice("objective", self.objective, OBJECTIVES)
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _at_least("steps", self.steps, 1, "an adapter needs some hundreds")
+        if self.minutes is not None:
+            _at_least("minutes", self.minutes, 1e-3, "leave it out to take all steps")
         _at_least("batch_size", self.batch_size, 1, "4 is the default")
         _at_least("accumulation", self.accumulation, 1, "1 is the default")
         _at_least("continuation_length", self.continuation_length, self.continuation_unscored + 1, "some of it must be scored")

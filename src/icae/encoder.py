@@ -15,16 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from icae.base import Base
+from icae.base import Base, cache_of, cached
 from icae.config import ICAEConfig
 from icae.errors import ICAEError
+from icae.fused import effective_weights
 from icae.segments import positions, slot_count
 from icae.slots import Segment, SlotBatch, rotated
 
 
 class Encoder(nn.Module):
     """The base with LoRA and memory tokens."""
+
+    fused = False
+    """Train with LoRA's updates in the weights (fused.py)."""
 
     def __init__(self, base: Base, config: ICAEConfig):
         super().__init__()
@@ -33,6 +38,7 @@ class Encoder(nn.Module):
         if config.kind == "kv" and (config.readout != "last" or config.slot_norm is not None):
             raise ICAEError("readout and slot_norm are for embedding slots; kv slots are read from every layer")
         self.config = config
+        self._base = base
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
@@ -84,12 +90,12 @@ class Encoder(nn.Module):
         memory_BKD = self.memory_tokens(context_BLD, real_BL, count, ratio)
         slots = [len(p.memory) for p in layout]
         real_BK = _first(slots, count, ids_BL.device)
-        at_memory = _padded([p.memory for p in layout], count).to(ids_BL.device)
-        places = _padded([p.slots for p in layout], count).to(ids_BL.device)
+        at_memory = _padded([p.memory for p in layout], count).to(ids_BL.device, non_blocking=True)
+        places = _padded([p.slots for p in layout], count).to(ids_BL.device, non_blocking=True)
 
         output = None
         if self.config.readout != "memory":
-            at_context = _padded([p.context for p in layout], longest).to(ids_BL.device)
+            at_context = _padded([p.context for p in layout], longest).to(ids_BL.device, non_blocking=True)
             output = self._llm(
                 torch.cat([context_BLD, memory_BKD], 1), torch.cat([at_context, at_memory], 1), torch.cat([real_BL, real_BK], 1)
             )
@@ -105,14 +111,16 @@ class Encoder(nn.Module):
         """Pass inputs through the LLM with LoRA; its cache comes back where kv slots are read from it."""
         from transformers import DynamicCache
 
-        kv = self.config.kind == "kv"
-        return self.peft.get_base_model().get_decoder()(
+        kv, body = self.config.kind == "kv", self.peft.get_base_model().get_decoder()
+        arguments = dict(
             inputs_embeds=inputs_BND,
             position_ids=places_BN,
             attention_mask=real_BN.long(),
-            past_key_values=DynamicCache() if kv else None,  # told nothing of sliding windows, it keeps every key
-            use_cache=kv,
+            **(cached(body, DynamicCache()) if kv else {"use_cache": False}),  # told nothing of sliding windows, it keeps every key
         )
+        if self.fused and self.training and not self.config.lora_dropout:
+            return functional_call(self._base.model.get_decoder(), effective_weights(body), kwargs=arguments)
+        return body(**arguments)
 
     def _initial_memory(self, base: Base) -> Tensor:
         """Return the memory tokens' start: zero where a block's mean is added to it, else noise of the embeddings' own size."""
@@ -178,11 +186,12 @@ class Encoder(nn.Module):
 
     def _read_keys_and_values(self, output: Any, start: int, moved_BK: Tensor) -> dict[str, Tensor]:
         """Read the keys and values of every layer that was passed at the memory positions (500xCompressor, arXiv 2408.03094)."""
-        layers = output.past_key_values.layers
+        layers = cache_of(output).layers
         keys = torch.stack([layer.keys[:, :, start:].transpose(1, 2) for layer in layers], 2)  # (B, K, layers, heads, size)
         values = torch.stack([layer.values[:, :, start:].transpose(1, 2) for layer in layers], 2)
         assert self._rotations is not None
-        return {"keys": rotated(keys, self._rotations[: len(layers)], moved_BK) if moved_BK.any() else keys, "values": values}
+        moved = self.config.layout != "spread"  # spread slots are read where they were encoded
+        return {"keys": rotated(keys, self._rotations[: len(layers)], moved_BK) if moved else keys, "values": values}
 
 
 @torch.no_grad()
@@ -202,7 +211,7 @@ def _proven_rotations(base: Base) -> Tensor:
     def keys(position: int) -> Tensor:
         cache: Any = DynamicCache()
         place = torch.tensor([[position]], device=base.device)
-        base.model.get_decoder()(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True)
+        base.model.get_decoder()(input_ids=ids, position_ids=place, **cached(base.model.get_decoder(), cache))
         return torch.stack([layer.keys[0].transpose(0, 1) for layer in cache.layers], 1).float()  # (1, layers, heads, size)
 
     here, there = keys(0), keys(7)
@@ -216,7 +225,7 @@ def _proven_rotations(base: Base) -> Tensor:
 
 def _first(counts: list[int], width: int, device: torch.device) -> Tensor:
     """Return a (rows, width) mask, true in the first `counts[row]` places of each row."""
-    return torch.arange(width, device=device)[None] < torch.tensor(counts, device=device)[:, None]
+    return (torch.arange(width)[None] < torch.tensor(counts)[:, None]).to(device, non_blocking=True)
 
 
 def _padded(rows: list[list[int]], width: int) -> Tensor:

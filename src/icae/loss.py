@@ -1,20 +1,18 @@
-"""Slots and the texts that should follow them -> the loss of a batch."""
+"""Slots and the texts that should follow them -> the loss of a batch. What counts and chooses rows stays on the CPU: no pass waits."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from icae.reader import Reader
 from icae.segments import alike
-from icae.slots import MemorySlots, SlotBatch
+from icae.slots import SlotBatch
 
 
 def batch_loss(
     reader: Reader,
-    slots: Sequence[MemorySlots],
+    slots: SlotBatch,
     markers: Tensor,
     text_ids: Tensor,
     real: Tensor,
@@ -30,46 +28,54 @@ def batch_loss(
     ----------
     reader : Reader
         The frozen decoder and the markers.
-    slots : sequence of MemorySlots
-        One for each sample, with gradient.
+    slots : SlotBatch
+        One row for each sample, with gradient.
     markers, text_ids, real, scored, weights, teacher
-        As `objectives.collate` makes them: (B,) int64; (B, T) int64, bool, bool and float32; the taught samples' texts.
+        As `objectives.collate` makes them, on the CPU: (B,) int64; (B, T) int64, bool, bool and float32; the taught samples' texts.
     """
-    widths = real.sum(1).tolist()
-    total = torch.zeros((), device=text_ids.device)
-    for rows in alike(widths):  # texts of like lengths together: less padding
+    widths, device = real.sum(1).tolist(), reader.base.device
+    taught = {} if teacher is None else {b: t for t, b in enumerate(teacher["rows"].tolist())}
+    total = torch.zeros((), device=device)
+    for rows in alike(widths, 0.75 if device.type == "cpu" else 0.4):  # texts of like lengths together: less padding
         text = slice(max(widths[b] for b in rows))
-        batch = SlotBatch.pad([slots[b] for b in rows])
-        ids, wanted = text_ids[rows, text], scored[rows, text]
-        logits, keep = reader.logits(batch, markers[rows], ids, real[rows, text], wanted)
-        wanted, weight = wanted[:, keep], weights[rows, text][:, keep]
-        nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, keep].flatten(), reduction="none")
-        losses = _means(nll.view(wanted.shape) * weight, weight)
-        if teacher is not None:
-            pairs = [(rows.index(b), t) for t, b in enumerate(teacher["rows"].tolist()) if b in rows]
-            if pairs:
-                here, there = (torch.tensor(side, device=ids.device) for side in zip(*pairs, strict=True))
-                taught = _divergence(reader, logits[here], wanted[here], {name: t[there] for name, t in teacher.items()})
-                losses = losses.index_copy(0, here, torch.lerp(losses[here], taught, teacher["weights"][there]))
-        total = total + losses.sum()
+        ids, wanted, weight = (t[rows, text] for t in (text_ids, scored, weights))
+        logits, keep = reader.logits(slots.select(rows), markers[rows], ids, real[rows, text], wanted)
+        row, place = wanted[:, keep].nonzero(as_tuple=True)  # of each scored token
+        logits = logits[row.to(device, non_blocking=True), place.to(device, non_blocking=True)]
+        share = weight / weight.sum(1, keepdim=True).clamp(min=1)
+        if taught:
+            pupils = [(i, taught[b]) for i, b in enumerate(rows) if b in taught]
+            if pupils:
+                assert teacher is not None
+                here, there = (torch.tensor(side) for side in zip(*pupils, strict=True))
+                total = total + _divergence(reader, logits, row, here, {name: t[there] for name, t in teacher.items()})
+                share[here] *= 1 - teacher["weights"][there][:, None]
+        nll = nn.functional.cross_entropy(logits.float(), ids[:, keep][row, place].to(device, non_blocking=True), reduction="none")
+        total = total + nll @ share[:, keep][row, place].to(device, non_blocking=True)
     return total / len(widths)
 
 
-def _divergence(reader: Reader, logits: Tensor, wanted: Tensor, teacher: dict[str, Tensor]) -> Tensor:
-    """Return KL(base with the full text || base with the slots) in nats a token, a row: the mean over its scored tokens.
+def _divergence(reader: Reader, logits: Tensor, row: Tensor, taught: Tensor, teacher: dict[str, Tensor]) -> Tensor:
+    """Return the sum over taught rows of KL(base with the full text || base with the slots), each the weighted mean over its scored tokens.
 
     Knowledge distillation (arXiv 1503.02531) at temperature 1, as context distillation (arXiv 2112.00861) uses it: what the slots
     should do is what the text would have done. The teacher is the frozen base, so no gradient goes there.
+
+    Parameters
+    ----------
+    logits, row
+        (N, V) and (N,): of each scored token, and the row it is in.
+    taught
+        (R,) int64: the rows that have a teacher, in order.
+    teacher
+        Those rows' texts and weights.
     """
-    theirs = teacher["scored"]
+    device, theirs = reader.base.device, teacher["scored"]
+    place = torch.isin(row, taught).nonzero()[:, 0]
     with torch.no_grad():
         said, keep = reader.plain_logits(teacher["ids"], teacher["real"], theirs)
-        said = said[theirs[:, keep]]
-    mine = logits[wanted]
-    kl = nn.functional.kl_div(mine.float().log_softmax(-1), said.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return _means(torch.zeros(wanted.shape, device=kl.device).masked_scatter(wanted, kl), wanted)
-
-
-def _means(values: Tensor, weights: Tensor) -> Tensor:
-    """Return each row's mean: of values times their weights (bool or float), 0 where a row has none."""
-    return values.sum(1) / weights.sum(1).clamp(min=1)
+        r, t = theirs[:, keep].nonzero(as_tuple=True)
+        said = said[r.to(device, non_blocking=True), t.to(device, non_blocking=True)].float().log_softmax(-1)
+    mine = logits[place.to(device, non_blocking=True)].float().log_softmax(-1)
+    kl = nn.functional.kl_div(mine, said, reduction="none", log_target=True).sum(-1)
+    return kl @ (teacher["weights"] / theirs.sum(1).clamp(min=1))[r].to(device, non_blocking=True)

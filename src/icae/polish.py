@@ -23,12 +23,12 @@ from icae.loss import batch_loss
 from icae.matmul import fast_linear
 from icae.objectives import Example, Marker, collate
 from icae.reader import Reader
-from icae.slots import MemorySlots
+from icae.slots import MemorySlots, SlotBatch
 
 RATE = 0.03
 """How far a number moves a step, at most, in root mean squares of its tensor's layer: at 4x; elsewhere by the root of the ratio."""
 BLOCK = 4
-"""Tokens of a slot for which a step is taken, by default."""
+"""Tokens of a slot for which a further step is taken, by default."""
 BETAS = (0.8, 0.9)
 """How much of the mean gradient and of the mean squared one is kept from step to step."""
 DAMPING = 0.3
@@ -39,7 +39,7 @@ TOKENS_AT_ONCE = 256
 
 def default_steps(ratio: int) -> int:
     """Return the steps for slots that stand for `ratio` tokens each."""
-    return -(-ratio // BLOCK)
+    return 1 + -(-ratio // BLOCK)
 
 
 def polish(
@@ -78,9 +78,8 @@ def polish(
 @torch.inference_mode(False)
 def _polished(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequence[int]], steps: int) -> list[MemorySlots]:
     """Polish segments together."""
-    device = slots[0].positions.device
     data: Any = collate([Example([], Marker.AE, [], list(ids)) for ids in texts])
-    data = [data[name].to(device) for name in ("markers", "text_ids", "real", "scored", "weights")]
+    data = [data[name] for name in ("markers", "text_ids", "real", "scored", "weights")]
     rows = [{name: t.float().clone() for name, t in s.tensors.items()} for s in slots]
     keys = [(b, name) for b, row in enumerate(rows) for name in row]
     sizes = {(b, name): _size(rows[b][name]) for b, name in keys}
@@ -90,7 +89,7 @@ def _polished(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequ
         leaves = {(b, name): rows[b][name].detach().requires_grad_() for b, name in keys}
         with torch.enable_grad(), fast_linear():
             now = [dataclasses.replace(s, tensors={name: leaves[b, name] for name in s.tensors}) for b, s in enumerate(slots)]
-            loss = batch_loss(reader, now, *data) * len(slots)
+            loss = batch_loss(reader, SlotBatch.pad(now), *data) * len(slots)
             gradients = dict(zip(keys, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         for key, gradient in gradients.items():
             first, second = ((b * m + (1 - b) * g) for b, m, g in zip(BETAS, means[key], (gradient, gradient**2), strict=True))

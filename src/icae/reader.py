@@ -50,17 +50,21 @@ class Reader:
 
     def logits(self, slots: SlotBatch | None, markers: Tensor, text_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """Read [marker, text without its last token] after the slots; return logits (B, kept, V) and the kept places of the text."""
-        inputs = torch.cat([self.markers[markers].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
-        lead = inputs.shape[1] - text_ids.shape[1]
-        real = torch.cat([real.new_ones(len(real), lead), real], 1)
+        device, lead = self.base.device, self.markers.shape[1] - 1
         keep = scored.any(0).nonzero()[:, 0]
-        return self.decoder.logits(slots, inputs, self.places(slots, markers.tolist(), inputs.shape[1]), real, keep + lead), keep
+        places = self.places(slots, markers.tolist(), lead + text_ids.shape[1])
+        real = torch.cat([real.new_ones(len(real), lead), real], 1)
+        text_ids, real, markers = (t.to(device, non_blocking=True) for t in (text_ids, real, markers))
+        inputs = torch.cat([self.markers[markers].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
+        return self.decoder.logits(slots, inputs, places, real, (keep + lead).to(device, non_blocking=True)), keep
 
     def plain_logits(self, text_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """Read text without its last token as the base does, with no slots and no marker; returns as `logits`."""
+        device = self.base.device
         keep = scored.any(0).nonzero()[:, 0]
-        places = torch.arange(text_ids.shape[1] - 1, device=text_ids.device).expand(len(text_ids), -1)
-        return self.decoder.logits(None, self.base.embed(text_ids[:, :-1]), places, real[:, :-1], keep - 1), keep
+        places = torch.arange(text_ids.shape[1] - 1, device=device).expand(len(text_ids), -1)
+        text_ids, real = (t[:, :-1].to(device, non_blocking=True) for t in (text_ids, real))
+        return self.decoder.logits(None, self.base.embed(text_ids), places, real, (keep - 1).to(device, non_blocking=True)), keep
 
     def places(self, slots: SlotBatch | None, markers: list[int], width: int) -> Tensor:
         """Return position ids (B, width) of marker and text: [LM] and [FT] stand after the slots, [AE] where the layout puts it.
@@ -68,9 +72,9 @@ class Reader:
         In the `spread` layout the text's own positions begin at 1, so that all vectors of [AE] share position 0.
         """
         early = 1 - self.markers.shape[1]
-        spans = [0] * len(markers) if slots is None else slots.spans.tolist()
+        spans = [0] * len(markers) if slots is None else slots.spans
         starts = [early if m == Marker.AE and self.layout == "spread" else span for m, span in zip(markers, spans, strict=True)]
-        return (torch.tensor(starts)[:, None] + torch.arange(width)).clamp(min=0).to(self.base.device)
+        return (torch.tensor(starts)[:, None] + torch.arange(width)).clamp(min=0).to(self.base.device, non_blocking=True)
 
     # ---- scores ----
 

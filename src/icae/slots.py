@@ -222,9 +222,9 @@ class SlotBatch:
         return self.mask.shape[0]
 
     @property
-    def spans(self) -> Tensor:
-        """(B,) int64: position id of whatever comes after each context's slots."""
-        return torch.tensor([sum(s.span for s in row) for row in self.segments], device=self.mask.device)
+    def spans(self) -> list[int]:
+        """Position id of whatever comes after each context's slots."""
+        return [sum(s.span for s in row) for row in self.segments]
 
     def rows(self, origin: Origin) -> list[MemorySlots]:
         """Return each context's own slots, without padding."""
@@ -240,17 +240,75 @@ class SlotBatch:
         ]
 
     @staticmethod
+    def stack(batches: Sequence[SlotBatch]) -> SlotBatch:
+        """Put batches under one another, padded alike."""
+        width = max(b.mask.shape[1] for b in batches)
+
+        def grown(t: Tensor) -> Tensor:
+            return torch.nn.functional.pad(t, (0, 0) * (t.ndim - 2) + (0, width - t.shape[1]))
+
+        return dataclasses.replace(
+            batches[0],
+            tensors={name: torch.cat([grown(b.tensors[name]) for b in batches]) for name in batches[0].tensors},
+            mask=torch.cat([grown(b.mask) for b in batches]),
+            positions=torch.cat([grown(b.positions) for b in batches]),
+            segments=[row for b in batches for row in b.segments],
+        )
+
+    def select(self, rows: Sequence[int]) -> SlotBatch:
+        """Return some of the contexts, padded no more than they need."""
+        index = torch.tensor(rows).to(self.mask.device, non_blocking=True)
+        here = slice(max(sum(s.slots for s in self.segments[b]) for b in rows))
+        return dataclasses.replace(
+            self,
+            tensors={name: t[index, here] for name, t in self.tensors.items()},
+            mask=self.mask[index, here],
+            positions=self.positions[index, here],
+            segments=[self.segments[b] for b in rows],
+        )
+
+    def joined(self, groups: Sequence[Sequence[int]]) -> SlotBatch:
+        """Join contexts, each group in order, to one; later ones are shifted, as by `MemorySlots.concatenate`, but all groups at once."""
+        width = self.mask.shape[1]
+        places, shifts = [], []
+        for group in groups:
+            place: list[int] = []
+            shift: list[int] = []
+            offset = 0
+            for b in group:
+                count = sum(s.slots for s in self.segments[b])
+                place += range(b * width, b * width + count)
+                shift += [offset] * count
+                offset += sum(s.span for s in self.segments[b])
+            places.append(torch.tensor(place))
+            shifts.append(torch.tensor(shift))
+        index, by = (pad_sequence(rows, batch_first=True).to(self.mask.device, non_blocking=True) for rows in (places, shifts))
+        tensors = {name: t.flatten(0, 1)[index] for name, t in self.tensors.items()}
+        if self.rotations is not None and any(len(group) > 1 for group in groups):
+            tensors["keys"] = rotated(tensors["keys"], self.rotations, by)
+        return dataclasses.replace(
+            self,
+            tensors=tensors,
+            mask=_filled([len(p) for p in places]).to(self.mask.device, non_blocking=True),
+            positions=self.positions.flatten()[index] + by,
+            segments=[tuple(s for b in group for s in self.segments[b]) for group in groups],
+        )
+
+    @staticmethod
     def pad(rows: Sequence[MemorySlots]) -> SlotBatch:
         """Put the slots of several contexts into one batch."""
-        lengths = torch.tensor([r.count for r in rows])
-        device = rows[0].positions.device
         return SlotBatch(
             {name: pad_sequence([r.tensors[name] for r in rows], batch_first=True) for name in rows[0].tensors},
-            (torch.arange(int(lengths.max()))[None] < lengths[:, None]).to(device),
+            _filled([r.count for r in rows]).to(rows[0].positions.device),
             pad_sequence([r.positions for r in rows], batch_first=True),
             [r.segments for r in rows],
             rows[0].rotations,
         )
+
+
+def _filled(counts: Sequence[int]) -> Tensor:
+    """Return a (rows, largest) mask, true in the first `counts[row]` places of each row."""
+    return torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
 
 
 def rotated(keys: Tensor, rotations: Tensor, by: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from icae.checkpoint import find_checkpoint, load_weights, read_config
 from icae.config import ICAEConfig, TrainConfig
 from icae.data import HeldOut, Windows, load_texts
 from icae.errors import ICAEError
+from icae.fused import fuse_norms
 from icae.matmul import fast_linear
 from icae.model import ICAE
 from icae.muon import Muon
@@ -63,6 +64,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     """Run the loop over samples, and return the folder that holds what was learned; errors as for `train`."""
     output = Path(train.output)
     optimizer = _optimizer(trainee.trained(), train)
+    clock = _Clock(train)
     module: Any = trainee
     trainer = ICAETrainer(
         model=module,
@@ -70,8 +72,8 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
         train_dataset=samples,
         eval_dataset=held_out,
         data_collator=collate,
-        optimizers=(optimizer, _schedule(optimizer, train)),
-        callbacks=[_StopOnInterrupt()],
+        optimizers=(optimizer, _schedule(optimizer, train, clock)),
+        callbacks=[clock, _StopOnInterrupt()],
     )
     last = _last_checkpoint(output)
     if last is not None and not resume:
@@ -102,7 +104,7 @@ def starting_config(init: str | None, settings: dict[str, Any]) -> ICAEConfig:
 def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
     """Return the model a run begins with, on its process's device: new, or that of the checkpoint `train.init`."""
     start = None if train.init is None else find_checkpoint(train.init)
-    base = load_base(config.base, device=device)
+    base = load_base(config.base, dtype=torch.bfloat16 if train.bf16 else torch.float32, device=device)
     if start is not None:
         known = read_config(start)
         if base.fingerprint != known.base_fingerprint:
@@ -111,6 +113,10 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
             if (mine := getattr(config, name)) != (its := getattr(known, name)):
                 raise ICAEError(f"model.{name} is {mine}, but {start} was made with {its}; keep that, or begin without init")
     model = ICAE(base, config)
+    if device != "cpu":
+        fuse_norms(base.model)
+        fuse_norms(model.encoder)
+        model.encoder.fused = True
     if start is not None:
         load_weights(model, start, fresh=("mix", "connector"))  # over an adapter trained without them, both start as nothing
     return model
@@ -199,6 +205,17 @@ class ICAETrainer(Trainer):
         if lines:
             self.context_tokens, self._before = lines[-1].get("context_tokens", 0), lines[-1].get("minutes", 0.0)
 
+    def get_train_dataloader(self) -> Any:
+        """Leave batches on the CPU: the model moves what its passes need, and nothing that is counted has to come back."""
+        return _left_on_the_cpu(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As for training."""
+        return _left_on_the_cpu(super().get_eval_dataloader(eval_dataset))
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         samples: Any = train_dataset if train_dataset is not None else self.train_dataset
         return torch.utils.data.SequentialSampler(samples)
@@ -223,6 +240,32 @@ class ICAETrainer(Trainer):
         """Return the batch's loss alone."""
         with torch.no_grad():
             return model(**self._prepare_inputs(inputs))["loss"], None, None
+
+
+def _left_on_the_cpu(loader: Any) -> Any:
+    loader.device = None  # accelerate's loader then moves nothing
+    return loader
+
+
+class _Clock(TrainerCallback):
+    """Ends a run when its minutes are over, and tells how far it has come by them."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        self.steps, self.minutes = train.steps, train.minutes
+        self.begin: float | None = None
+
+    def step(self) -> int:
+        """Return the step that a run is at that takes all its steps in its minutes."""
+        if self.minutes is None or self.begin is None:
+            return 0
+        return min(self.steps, int(self.steps * (time.monotonic() - self.begin) / (60 * self.minutes)))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step() == self.steps:
+            control.should_save = control.should_training_stop = True
 
 
 class _StopOnInterrupt(TrainerCallback):
@@ -292,14 +335,14 @@ def _optimizer(trained: dict[str, torch.Tensor], train: TrainConfig) -> torch.op
     return Muon(groups, betas=(0.9, train.adam_beta2), weight_decay=train.weight_decay)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return the named schedule, each step of it times the factor that is in force there."""
+def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, clock: _Clock) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the named schedule, each step of it times the factor that is in force there; the clock may be ahead of the steps."""
     named: Any = get_scheduler(train.schedule, optimizer, train.warmup_steps, train.steps).lr_lambdas[0]  # type: ignore[attr-defined]
 
     def factor(step: int) -> float:
         return [f for start, f in train.rate_factors if start <= step][-1]
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: named(step) * factor(step))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: named(max(step, clock.step())) * factor(step))
 
 
 def make_arguments(train: TrainConfig, quiet: bool) -> TrainingArguments:
@@ -319,7 +362,7 @@ def make_arguments(train: TrainConfig, quiet: bool) -> TrainingArguments:
         save_steps=train.save_steps,
         save_total_limit=train.keep,
         seed=train.seed,
-        bf16=train.bf16,
+        dataloader_num_workers=train.workers,
         use_cpu=train.device == "cpu",
         remove_unused_columns=False,
         label_names=[],
