@@ -26,7 +26,7 @@ Polish = Annotated[
     typer.Option(
         "--polish",
         help="Gradient steps on the slots once they are written: each makes them truer to the text, and takes about twice what writing "
-        "them does; 0: none. [default: the checkpoint's; 1 at 4x, 2 at 8x]",
+        "them does; 0: none. [default: the checkpoint's; 2 at 4x, 3 at 8x]",
         show_default=False,
     ),
 ]
