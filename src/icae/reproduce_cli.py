@@ -10,8 +10,6 @@ from typing import Annotated
 import typer
 
 from icae.experiments import EXPERIMENTS
-from icae.terminal import Polish
-
 
 def _path(name: str, help: str) -> typer.models.OptionInfo:
     return typer.Option(name, help=help, show_default=False)
@@ -27,7 +25,7 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", help="Few, short samples: shows that everything runs.")] = False,
     samples: Annotated[int | None, _path("--samples", "Samples a figure is taken over. [default: each experiment's own]")] = None,
     model: Annotated[str | None, _path("--model", "Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")] = None,
-    polish: Polish = None,
+    polish: Annotated[int, typer.Option("--polish", help="Gradient steps on slots that are to be read back or asked; see compress.")] = 1,
     base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id. [default: the checkpoint's]")] = None,
     embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind. [default: one that ships]")] = None,
     answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer. [default: one that ships]")] = None,

@@ -181,7 +181,7 @@ class Context:
             "judge": lambda: None if self.judge is None else {"model": self.judge.model, "rivals": self.rivals},
         }
         found = {n: parts[n]() if n in parts else self._checkpoint(self.checkpoints.get(n)) for n in needs}
-        polish = "by ratio" if self.polish is None else self.polish
+        polish = "by ratio" if self.polish is None else self.polish  # of slots that are read back or asked
         return {"base": self.base.name, "base_fingerprint": self.base.fingerprint, "seed": self.seed, "polish": polish, **found}
 
     def _ablation_hashes(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Figure 6: several segments' slots joined, against text: perplexity of the same tokens, by how many tokens or slots are read before them.
 
 Contexts end where the target begins; a shorter context is the end of a longer one. `one segment` encodes `at_once` tokens at once, however
-much longer that is than what the adapter was trained on.
+much longer that is than what the adapter was trained on. Slots are unpolished, as in table1.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(
             add("text", n, from_text(model, [w[longest - n : longest] for w in part], follows), n, 0)
         cuts = {n: [pieces(w[longest - n : longest], model.config.segment_length, model.config.ratio) for w in part] for n in lengths}
         once = list(dict.fromkeys(tuple(p) for cut in cuts.values() for row in cut for p in row))  # the shorter contexts' are the longer's
-        made = dict(zip(once, model.compress_segments([list(p) for p in once]), strict=True))
+        made = dict(zip(once, model.compress_segments([list(p) for p in once], polish=0), strict=True))
         for n in lengths:
             slots = [MemorySlots.concatenate([made[tuple(p)] for p in cut]) for cut in cuts[n]]
             add("slots", n, from_slots(model, slots, follows), slots[0].count, len(slots[0].segments))

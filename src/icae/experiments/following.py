@@ -1,6 +1,7 @@
 """Contexts and what follows them -> how well that is predicted from text, from slots, from nothing; each side computed once.
 
-All three are scored on the same tokens: what follows but its first token, which from nothing could only be guessed.
+All three are scored on the same tokens: what follows but its first token, which from nothing could only be guessed. Slots stay unpolished:
+polishing makes them truer to their text and does nothing for what follows it (docs/log.md).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def follow(
         follows = [w[length:] for w in windows[at : at + batch_size]]
         for side in todo:
             if side == "slots":
-                found[side] += from_slots(model, model.compress_ids(contexts, ratio=ratio), follows)
+                found[side] += from_slots(model, model.compress_ids(contexts, ratio=ratio, polish=0), follows)
             else:
                 found[side] += from_text(model, contexts if side == "text" else [[]] * len(follows), follows)
         tick(at + len(follows), samples)
