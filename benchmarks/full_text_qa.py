@@ -1,6 +1,6 @@
 """The upper bound of answering from slots: the same LoRA on the base itself, fine-tuned to answer with the *full text* in its prompt.
 
-    python benchmarks/full_text_qa.py train configs/finetune-kv-4x.yaml output=runs/full-text [name=value ...]
+    python benchmarks/full_text_qa.py train configs/kv-4x.yaml output=runs/full-text [name=value ...]
     python benchmarks/full_text_qa.py evaluate runs/full-text --data FILE.jsonl [--samples N] [--seed N] [--save FILE.json]
 
 It reads the config that fine-tunes slots: same triples in the same order, same steps, same rank and targets as the adapter in `init`, same

@@ -1,6 +1,6 @@
 """Put a trained checkpoint among the adapters that ship: float16, with its settings and its curve, and no optimizer.
 
-    python configs/ship.py runs/finetune-kv-4x-last smollm2-135m-kv-4x
+    python configs/ship.py runs/accelerator/kv-4x smollm2-135m-kv-4x
 
 Then measure it (`icae evaluate ... --save results/NAME.json`) and make its card (`python docs/make.py`).
 """

@@ -1,4 +1,4 @@
-"""Draw docs/curves.png, the shipped adapters' last stages of training, from the trainer_state.json beside each. `python docs/curves.py`."""
+"""Draw docs/curves.png, the shipped adapters' training, from the trainer_state.json beside each. `python docs/curves.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter
 ROOT = Path(__file__).parent.parent
 
 
-OVER = {"context_tokens": "context tokens", "minutes": "minutes on two cores"}
+OVER = {"context_tokens": "context tokens", "minutes": "minutes"}
 """What a loss is drawn over, where the log has it; else over updates."""
 
 

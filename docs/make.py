@@ -214,14 +214,15 @@ def _training(folder: Path, steps: int) -> str:
     """Return how an adapter was trained, as its own train_config.json tells."""
     settings = json.loads((folder / "train_config.json").read_text())
     config = f"configs/{Path(settings['output']).name}.yaml"
+    before = ", after the stages that this config names" if settings["init"] else ""
     if settings["objective"] == "instruct":
         return (
             f"Trained on questions about texts and, beside them, on giving texts back and continuing them, {steps} updates of\n"
-            f"`icae finetune {config}`, after the pretraining that this config names. One adapter does it all."
+            f"`icae finetune {config}`{before}. One adapter does it all."
         )
     return (
-        f"Pretrained on public-domain English, {steps} updates of `icae pretrain {config}`, after the stages that this\n"
-        "config names. It reads texts back; it is not fine-tuned to answer."
+        f"Pretrained on public-domain English, {steps} updates of `icae pretrain {config}`{before}.\n"
+        "It reads texts back; it is not fine-tuned to answer."
     )
 
 

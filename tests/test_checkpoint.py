@@ -1,8 +1,6 @@
 import errno
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ import icae.slots
 from icae.checkpoint import find_checkpoint, load_weights, read_config
 from icae.errors import ICAEError
 from icae.model import ICAE
-from icae.objectives import Marker
 
 FILES = ["config.json", "adapter_config.json", "adapter_model.safetensors", "memory.safetensors"]
 TEXT = " ".join(LINES)
@@ -191,18 +188,3 @@ def test_a_card_is_written_and_kept(model, folder):
 def test_a_file_where_the_folder_should_be_is_refused(model, tmp_path):
     (tmp_path / "taken").write_text("")
     refused(lambda: model.save_pretrained(tmp_path / "taken"), "taken")
-
-
-def test_merging_adds_a_share_of_what_another_adapter_learned(base, tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent.parent / "configs"))
-    from merge import merge
-
-    models = [make_icae(base, seed=0, stirred=noise) for noise in (0.1, 0.3, 0.2)]
-    for name, model in zip("abc", models, strict=True):
-        model.save_pretrained(tmp_path / name)
-    merged = ICAE.from_pretrained(merge(*(str(tmp_path / n) for n in "abc"), 0.5, tmp_path / "d", on=base), base=base)
-    a, b, c, d = (m.adapter_tensors() for m in (*models, merged))
-    for name in set(d) - {"markers"}:
-        torch.testing.assert_close(d[name], a[name] + 0.5 * (b[name] - c[name]))
-    assert torch.equal(d["markers"][Marker.FT], b["markers"][Marker.FT])
-    torch.testing.assert_close(d["markers"][Marker.AE], (a["markers"] + 0.5 * (b["markers"] - c["markers"]))[Marker.AE])

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
+from os import cpu_count
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from icae.experiments import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from icae.experiments.context import Context
+
 
 def _path(name: str, help: str) -> typer.models.OptionInfo:
     return typer.Option(name, help=help, show_default=False)
@@ -36,6 +42,9 @@ def reproduce(
     rival: Annotated[list[str] | None, _path("--rival", "Model at that endpoint to compare answers with; may be repeated.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
     dtype: Annotated[str, typer.Option("--dtype", help="What the base is kept in: float32, bfloat16, or auto (as stored).")] = "float32",
+    jobs: Annotated[
+        int | None, _path("--jobs", "Processes of one thread that work side by side. [default: as many as cores; on accelerators 1]")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Decides which samples are drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what stands there from the same settings and commit.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the experiments and stop.")] = False,
@@ -56,16 +65,12 @@ def reproduce(
         raise ICAEError("--rival needs a judge: give --judge MODEL")
     if adapters is not None and not adapters.is_dir():
         raise ICAEError(f"--adapters {adapters}: no such folder; train the ablations first (configs/ablations)")
-    judging = None
-    if judge is not None:
-        from icae.judge import Judge
-
-        judging = Judge(judge, out / "judge.jsonl", url=judge_url)
-    from icae.experiments.context import open_context
+    from icae.experiments.crew import GROUPS, side_by_side
     from icae.experiments.runner import FAILED
-    from icae.experiments.runner import reproduce as run
 
-    context = open_context(
+    begin = partial(
+        _context,
+        None if judge is None else (judge, out / "judge.jsonl", judge_url),
         model=model,
         base=base,
         polish=polish,
@@ -77,11 +82,19 @@ def reproduce(
         qa=qa,
         ablations=adapters,
         also=also or [],
-        judge=judging,
         rivals=rival or [],
         seed=seed,
     )
-    outcome = run(context, names or (), out=out, quick=quick or text is None, samples=samples, force=force)
+    together = jobs or (min(cpu_count() or 1, len(GROUPS)) if device == "cpu" else 1)
+    outcome = side_by_side(begin, names or (), out=out, jobs=together, quick=quick or text is None, samples=samples, force=force)
     print(json.dumps(outcome) if as_json else "\n".join(f"{name:8} {how}" for name, how in outcome.items()))
     if FAILED in outcome.values():
         sys.exit(1)
+
+
+def _context(judge: tuple[str, Path, str | None] | None, **settings: Any) -> Context:
+    """Open what is measured, in this process or in one beside it."""
+    from icae.experiments.context import open_context
+    from icae.judge import Judge
+
+    return open_context(judge=None if judge is None else Judge(*judge[:2], url=judge[2]), **settings)

@@ -41,7 +41,7 @@ def reproduce(
     force: bool = False,
     overrides: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, str]:
-    """Run experiments.
+    """Run experiments, one after the other (crew.py: several at a time).
 
     Parameters
     ----------
@@ -70,22 +70,27 @@ def reproduce(
     ICAEError
         If a name is unknown, or the folder cannot be made.
     """
-    for name in names:
-        if name not in EXPERIMENTS:
-            raise ICAEError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
-    if samples is not None and samples < 2:
-        raise ICAEError(f"samples must be at least 2, got {samples}; an interval needs some")
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ICAEError(f"could not make the folder {out}: {error.strerror}") from error
+    check(names, out, samples)
     outcome = {}
     for name in names or EXPERIMENTS:
         module = importlib.import_module(f"icae.experiments.{name}")
         settings = {**_settings(module, quick, samples), **(overrides or {}).get(name, {})}
         outcome[name] = _one(context, name, module, settings, out, force)
     return outcome
+
+
+def check(names: Sequence[str], out: Path, samples: int | None) -> None:
+    """Refuse what `reproduce` could not do, and make its folder; errors as there."""
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise ICAEError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    if samples is not None and samples < 2:
+        raise ICAEError(f"samples must be at least 2, got {samples}; an interval needs some")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ICAEError(f"could not make the folder {out}: {error.strerror}") from error
 
 
 def _settings(module: ModuleType, quick: bool, samples: int | None) -> dict[str, Any]:
