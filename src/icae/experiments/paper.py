@@ -45,7 +45,7 @@ def verdict(table: Table) -> str:
 def _base(table: Table) -> str:
     """Return why the base may decide a difference."""
     name = table.provenance.get("base", "another base")
-    small = "; it is 50 times smaller, and its adapter was trained for hours on two CPU cores, not on eight A100s" if name == SMALL else ""
+    small = "; it is 50 times smaller, and its adapter has seen millions of tokens, not billions" if name == SMALL else ""
     return f"the base is {name}, the paper's is Llama-7b{small}"
 
 
