@@ -32,6 +32,8 @@ PAPER = {
 }
 """What the paper reports under each name."""
 
+AS_WRITTEN = ("table1", "fig6", "table7")
+"""What is measured from unpolished slots, whatever the steps of polishing elsewhere."""
 SMALL = "smollm2-135m"
 
 
@@ -70,7 +72,8 @@ def page(tables: Mapping[str, Table], pictures: Collection[str]) -> str:
         lines += [*(f"- {note}" for note in table.notes), ""] if table.notes else []
         about = table.provenance
         names = [x["name"] for x in about.values() if isinstance(x, dict) and "sha256" in x]
-        told = [about.get("base"), *names, f"commit {about.get('commit')}", about.get("date"), about.get("machine")]
+        steps = f"steps of polishing: {0 if name in AS_WRITTEN else about['polish']}" if "polish" in about else None
+        told = [about.get("base"), *names, steps, f"commit {about.get('commit')}", about.get("date"), about.get("machine")]
         lines += [f"<sub>{'; '.join(str(x) for x in told if x)}</sub>", ""]
     return "\n".join(lines)
 
