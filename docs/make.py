@@ -110,7 +110,8 @@ def _qa(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
 
 def answers_table() -> str:
     """Return what each adapter answers beside its rivals, a row a reader: full text, shortened text, nothing, documents, places."""
-    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob("qa-*.json"))]  # qa.json is the paper's table
+    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob("qa*.json"))]
+    reports = [r for r in reports if "results" in r]  # `icae reproduce qa` leaves a table of that name
     bounds = [r for r in reports if r.get("name") == "qa-full-text"]
     lines: list[str] = []
     for report in (r for r in reports if r.get("name") == "qa"):
