@@ -122,8 +122,6 @@ def evaluate(
     folder: Path, data: str, samples: int | None, seed: int, max_tokens: int, save: Path | None, device: str = "cpu"
 ) -> dict[str, Any]:
     """Ask the tuned base with the full text, and with nothing."""
-    from peft import PeftModel
-
     try:
         about = json.loads((folder / ABOUT).read_text())
     except OSError as error:
@@ -131,8 +129,7 @@ def evaluate(
     base = load_base(about["base"], device=device)
     if base.fingerprint != about["fingerprint"]:
         raise ICAEError(f"{folder} was trained on another base than {base.name!r}")
-    tuned = PeftModel.from_pretrained(base.model, folder).merge_and_unload().eval().requires_grad_(False)
-    reader = ICAE(Base(tuned, base.tokenizer, base.name, base.fingerprint), ICAEConfig(kind="embedding", lora_rank=1)).eval()
+    reader = ICAE(base.tuned(folder), ICAEConfig(kind="embedding", lora_rank=1)).eval()
     triples = drawn(load_triples(data), samples, seed)
 
     def progress(done: int, total: int) -> None:

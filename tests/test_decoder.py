@@ -46,7 +46,7 @@ AS_SLOTS = {"kv": prefix_as_slots, "embedding": embeddings_as_slots}
 
 def read(base, slots, rows, first, keep=0):
     with torch.no_grad():
-        return Decoder(base).logits(slots, *inputs(base, rows, first), keep)
+        return Decoder(base).read(slots, *inputs(base, rows, first), keep)[0]
 
 
 def test_reading_the_text_itself_as_slots_equals_reading_the_text(base, kind):
@@ -163,7 +163,7 @@ def test_gradient_flows_from_logits_to_slots_and_not_to_the_base(base, kind):
     context, prompt = random_ids(6, 3)
     slots = SlotBatch.pad([AS_SLOTS[kind](base, context)])
     leaves = [t.requires_grad_() for t in slots.tensors.values()]
-    Decoder(base).logits(slots, *inputs(base, [prompt], 6)).pow(2).sum().backward()
+    Decoder(base).read(slots, *inputs(base, [prompt], 6))[0].pow(2).sum().backward()
     assert all(leaf.grad is not None and leaf.grad.flatten(1).norm(dim=1).min() > 0 for leaf in leaves)
     assert all(p.grad is None for p in base.model.parameters())
 

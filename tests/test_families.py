@@ -46,7 +46,7 @@ def test_the_text_as_slots_reads_like_the_text(family_base):
     slots = SlotBatch.pad([prefix_as_slots(family_base, context)])
     places, real = torch.arange(10, 15)[None], torch.ones(1, 5, dtype=torch.bool)
     with torch.no_grad():
-        read = Decoder(family_base).logits(slots, family_base.embed(torch.tensor([prompt])), places, real)[0]
+        read = Decoder(family_base).read(slots, family_base.embed(torch.tensor([prompt])), places, real)[0][0]
         whole = family_base.model(input_ids=torch.tensor([context + prompt])).logits[0, 10:]
     torch.testing.assert_close(read, whole, atol=1e-4, rtol=0)
 

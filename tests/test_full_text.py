@@ -10,7 +10,11 @@ from tiny import LINES, base_logits, make_icae
 
 from icae.base import load_base
 from icae.chat import chat_prompt, chat_response, full_text
+from icae.config import TrainConfig, read_yaml
 from icae.errors import ICAEError
+from icae.model import ICAE
+from icae.objectives import collate
+from icae.train import build, make_data, starting_config, train
 
 PATH = Path(__file__).parent.parent / "benchmarks" / "full_text_qa.py"
 
@@ -54,9 +58,31 @@ def test_the_bound_learns_with_the_full_text_and_is_scored_by_the_same_evaluatio
     assert load_base(base.name).fingerprint == base.fingerprint
 
 
+def test_the_bound_teaches_slots_to_answer(bench, config, base, tmp_path):
+    folder = bench.train(config, ["steps=4"])
+    tuned = base.tuned(folder)
+    ids = torch.tensor([base.encode(LINES[0])])
+    assert not torch.equal(tuned.model(ids).logits, base.model(ids).logits)
+    assert base.model(ids).logits.equal(load_base(base.name).model(ids).logits)
+    values = {**read_yaml(config), "objective": "instruct", "teacher": str(folder), "align": 1.0, "distil": 0.5, "steps": 2}
+    settings = TrainConfig.from_dict(
+        {name: str(v) if isinstance(v, Path) else v for name, v in values.items()} | {"output": str(tmp_path / "s")}
+    )
+    losses = []
+    for teacher in (str(folder), None):
+        torch.manual_seed(0)
+        model = build(settings.replace(teacher=teacher), starting_config(settings.init, {}), "cpu")
+        samples, _ = make_data(settings, model.base, model.config, 1)
+        losses.append(float(model(**collate([samples[i] for i in range(8)]))["loss"]))
+    assert losses[0] != losses[1]
+    train(settings, starting_config(settings.init, {}), quiet=True)
+    assert ICAE.from_pretrained(tmp_path / "s").tutor is None
+    with pytest.raises(ICAEError, match="no PEFT adapter"):
+        base.tuned(tmp_path / "nowhere")
+
+
 def test_before_training_its_loss_is_the_bases_own(bench, base):
-    from icae.config import ICAEConfig, TrainConfig
-    from icae.objectives import collate
+    from icae.config import ICAEConfig
     from icae.triples import Pool, Triple, Triples
 
     config = ICAEConfig(lora_rank=2, segment_length=16)

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -332,7 +333,7 @@ def test_distillation_is_the_divergence_from_the_base_with_the_full_text(base, k
     for e in examples:
         said = base_logits(base, e.teacher + e.target)[len(e.teacher) - 1 : -1].log_softmax(-1)
         slots = model.compress_ids([e.segments[0]])
-        logits, _ = model.reader.logits(SlotBatch.pad(slots), *(collate([e])[name] for name in ("markers", "text_ids", "real", "scored")))
+        logits, *_ = model.reader.read(SlotBatch.pad(slots), *(collate([e])[name] for name in ("markers", "text_ids", "real", "scored")))
         mine = logits[0].log_softmax(-1)
         by_hand.append(float((said.exp() * (said - mine)).sum(-1).mean()))
     plain = autoencoding(*random_ids(7), 16, 1)
@@ -352,6 +353,50 @@ def test_a_heavy_first_token_counts_as_several(base, kind):
     (score,) = model.score(model.compress_ids(example.segments), [example])
     heavy = float(model(**collate([dataclasses.replace(example, first=4.0)]))["loss"])
     assert heavy == pytest.approx(float(score.nll.sum() + 3 * score.nll[0]) / 11, rel=1e-4)
+
+
+def test_states_are_compared_with_those_of_who_reads_the_full_text(base, kind):
+    """By hand: relative squared distance, layer by layer, on the tokens that stand at the end of both texts."""
+    model = make_icae(base, kind=kind, stirred=0.05)
+    (target,), (prompt,) = random_ids(5, seed=4), random_ids(9, seed=5)
+    example = taught(base, target, prompt)
+    example = dataclasses.replace(example, prompt=[*example.prompt, 7, 9], teacher=[*example.teacher, 7, 9], align=3.0)
+    assert example.prompt[-3] != example.teacher[-3]
+    states, read = [], [example.teacher, example.prompt]
+    with torch.no_grad():
+        states.append(base.model(input_ids=torch.tensor([read[0] + target]), output_hidden_states=True).hidden_states[1:])
+        batch = collate([example])
+        slots = SlotBatch.pad(model.compress_ids(example.segments))
+        places = (batch[name] for name in ("markers", "text_ids", "real", "scored"))
+        states.append(model.reader.read(slots, *places, states=True).states)
+        own = [[layer[0, len(ids) - 2 : len(ids) + len(target) - 1] for layer in made] for ids, made in zip(read, states, strict=True)]
+        away = [((mine - theirs) ** 2).sum(-1) / (theirs**2).sum(-1) for theirs, mine in zip(*own, strict=True)]
+        apart, together = (float(model(**collate([dataclasses.replace(example, align=a)]))["loss"]) for a in (3.0, 0.0))
+    assert len(own[0][0]) == 2 + 4 and len(away) == base.model.config.num_hidden_layers
+    assert apart - together == pytest.approx(3 * float(torch.stack(away).mean()), rel=1e-3)
+
+
+def test_responses_have_a_teacher_of_their_own_where_one_is_given(base):
+    """A tutor that reads as the base does changes nothing; another one changes what is learned from responses, and nothing else."""
+    from icae.decoder import Decoder
+    from icae.reader import Reader
+
+    model = make_icae(base, stirred=0.05)
+    response = dataclasses.replace(taught(base, *random_ids(4, 9)), align=1.0)
+    going_on = dataclasses.replace(response, marker=Marker.LM)
+    other = copy.deepcopy(base.model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+
+    def losses(tuned=None):
+        model.tutor = None if tuned is None else Reader(Decoder(dataclasses.replace(base, model=tuned)), model.config, model.markers)
+        with torch.no_grad():
+            return [float(model(**collate(rows))["loss"]) for rows in ([response], [going_on], [response, going_on])]
+
+    alone, same, others = losses(), losses(base.model), losses(other)
+    assert same == pytest.approx(alone, rel=1e-5)
+    assert abs(others[0] - alone[0]) > 1e-3 and others[1] == alone[1]
+    assert others[2] == pytest.approx((others[0] + others[1]) / 2, rel=1e-4)
 
 
 def test_distillation_teaches_the_encoder_and_leaves_no_trace_in_the_base(base, kind):

@@ -117,6 +117,23 @@ class Base:
         shared = {id(t): t for t in [*self.model.parameters(), *self.model.buffers()]}
         return copy.deepcopy(self.model, shared)
 
+    def tuned(self, adapter: str | Path) -> Base:
+        """Return a copy with a PEFT adapter merged into its weights: not the LLM as published any more, fit to teach or to compare with.
+
+        Raises
+        ------
+        ICAEError
+            If there is no such adapter, or it is of another base's shape.
+        """
+        from peft import PeftModel
+
+        try:
+            merged: Any = PeftModel.from_pretrained(copy.deepcopy(self.model), str(adapter))
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            raise ICAEError(f"{adapter} holds no PEFT adapter that fits {self.name} ({' '.join(str(error).split())[:200]})") from error
+        model = merged.merge_and_unload().eval().requires_grad_(False)
+        return Base(model, self.tokenizer, self.name, self.fingerprint)
+
     def rotations(self) -> Tensor:
         """Return RoPE's angle a position, layer by layer: (layers, rotated size / 2) float32.
 

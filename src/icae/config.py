@@ -180,6 +180,17 @@ class TrainConfig(_Config):
         0.0,
         "When fine-tuning: weight of the KL to the base's own distribution with the full text; the response itself has the rest.",
     )
+    teacher: str | None = setting(
+        None, "When fine-tuning: PEFT adapter of the base that answers with the full text; it teaches the responses. None: the base itself."
+    )
+    align: float = setting(
+        0.0,
+        "Weight of the squared distance, relative to its size, between the decoder's hidden states and those of who teaches (`distil`, "
+        "`continuation_distil`).",
+    )
+    prompts: int = setting(
+        1, "When fine-tuning: prompts a context is asked in a row, the data's first about it and others; its slots are written once."
+    )
     distractors: int = setting(0, "When fine-tuning: most other documents put around a context, each as slots of its own.")
     distractor_share: float = setting(0.5, "When fine-tuning: the share of samples that get distractors, where there are any.")
     pretrain_share: float = setting(0.0, "When fine-tuning: the share of samples taken from `replay` against forgetting.")
@@ -223,6 +234,8 @@ class TrainConfig(_Config):
             _at_least(f"1 - {name}", 1 - getattr(self, name), 0, "it is a share, 0 to 1")
         _at_least("first_weight", self.first_weight, 0, "8 makes up for a text having one first token alone")
         _at_least("recall_cue", self.recall_cue, 1, "8 are seldom found twice")
+        _at_least("align", self.align, 0, "3 beside the other losses")
+        _at_least("prompts", self.prompts, 1, "it takes as many triples about the same context")
         _at_least("distractors", self.distractors, 0, "3 make contexts of up to four documents")
         if self.pretrain_share and not self.replay:
             raise ICAEError("pretrain_share needs text to replay: replay=FOLDER of .txt")

@@ -229,7 +229,7 @@ class Windows(Dataset):
                 example = recall(context, begin, t.recall_cue, target // 2, piece, ratio)
             else:
                 example = continuation(context, following, piece, t.continuation_unscored, ratio)
-            example = replace(example, teacher=context + example.prompt, distil=t.continuation_distil)
+            example = replace(example, teacher=context + example.prompt, distil=t.continuation_distil, align=t.align)
         return replace(example, ratio=drawn)
 
 

@@ -25,14 +25,16 @@ class Decoder:
     def __init__(self, base: Base):
         self.base = base
 
-    def logits(
+    def read(
         self,
         slots: SlotBatch | None,
         inputs_BTD: Tensor,
         positions_BT: Tensor,
         real_BT: Tensor,
         keep: Tensor | int = 0,
-    ) -> Tensor:
+        *,
+        states: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
         """Read slots and inputs once.
 
         Parameters
@@ -47,13 +49,19 @@ class Decoder:
             (B, T) bool, false where padded.
         keep : Tensor or int
             Places among T, as a 1-d index, to compute logits at; 0: all.
+        states : bool
+            Return what every layer made of the inputs, too.
 
         Returns
         -------
         Tensor
             (B, kept, V).
+        list of Tensor
+            The hidden states behind each layer, (B, T, D); empty where not asked for.
         """
-        return self._read(slots, inputs_BTD, positions_BT, real_BT, keep)[0]
+        output = self._read(slots, inputs_BTD, positions_BT, real_BT, keep, states)[0]
+        made = output.hidden_states[1:] if states else ()
+        return output.logits, [layer[:, -inputs_BTD.shape[1] :] for layer in made]
 
     @torch.no_grad()
     def generate(
@@ -75,7 +83,7 @@ class Decoder:
         Parameters
         ----------
         slots, inputs_BTD, positions_BT, real_BT
-            As for `logits`; the inputs are padded on the right.
+            As for `read`; the inputs are padded on the right.
         max_new_tokens : list of int
             For each row.
         temperature, top_p, seed
@@ -96,8 +104,8 @@ class Decoder:
         chance = None if seed is None else torch.Generator(inputs_BTD.device).manual_seed(seed)
         rows = torch.arange(inputs_BTD.shape[0], device=inputs_BTD.device)
         last = real_BT.sum(1) - 1
-        logits, cache, real = self._read(slots, inputs_BTD, positions_BT, real_BT, last)
-        logits, position = logits[rows, rows], positions_BT[rows, last]
+        output, cache, real = self._read(slots, inputs_BTD, positions_BT, real_BT, last)
+        logits, position = output.logits[rows, rows], positions_BT[rows, last]
         alive = [n > 0 for n in max_new_tokens]
         order = list(range(len(alive)))  # the row that stands at each place of the cache
         made = 0
@@ -152,8 +160,10 @@ class Decoder:
         for layer in range(keys.shape[0]):
             cache.update(keys[layer], values[layer], layer)
 
-    def _read(self, slots: SlotBatch | None, inputs: Tensor, positions: Tensor, real: Tensor, keep: Tensor | int) -> tuple:
-        """Return logits at `keep`, the cache, and the mask over everything read so far."""
+    def _read(
+        self, slots: SlotBatch | None, inputs: Tensor, positions: Tensor, real: Tensor, keep: Tensor | int, states: bool = False
+    ) -> tuple[Any, Any, Tensor]:
+        """Return the base's output, with logits at `keep`, the cache, and the mask over everything read so far."""
         from transformers import DynamicCache
 
         cache, inputs = DynamicCache(), inputs.to(self.base.dtype)
@@ -172,8 +182,9 @@ class Decoder:
             attention_mask=real.long(),
             **cached(self.base.model, cache),
             logits_to_keep=keep,
+            output_hidden_states=states,
         )
-        return output.logits, cache, real
+        return output, cache, real
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator | None) -> Tensor:

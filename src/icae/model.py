@@ -53,6 +53,7 @@ class ICAE(nn.Module):
         self.markers = nn.Parameter(torch.cat([sink, asks.repeat(config.marker_length - 1, 1)]).repeat(len(Marker), 1, 1))
         self.reader = Reader(self.decoder, self.config, self.markers)
         self.encoder.memory.data = self.encoder.memory.data.float()
+        self.tutor: Reader | None = None  # who teaches responses while training; none: the frozen decoder
         self._adapter_hash: str | None = None
 
     # ---- files ----
@@ -142,7 +143,7 @@ class ICAE(nn.Module):
     ) -> dict[str, Tensor]:
         """Return the loss of one batch from `objectives.collate` (see `batch_loss`)."""
         slots = self._encode(segment_ids, lengths, groups, ratio)
-        return {"loss": batch_loss(self.reader, slots, markers, text_ids, real, scored, weights, teacher)}
+        return {"loss": batch_loss(self.reader, slots, markers, text_ids, real, scored, weights, teacher, self.tutor)}
 
     def _encode(self, segment_ids: Tensor, lengths: list[int], groups: list[list[int]], ratio: int | None) -> SlotBatch:
         """Return the contexts' slots, with gradient; segments of like lengths are encoded together, but on accelerators all at once."""

@@ -49,6 +49,8 @@ class Example:
     """The prompt with the full text in it, for the base alone to read before the target; empty: nobody teaches."""
     distil: float = 0.0
     """What the teacher says counts so much of the loss, the target itself the rest."""
+    align: float = 0.0
+    """Weight of the distance between the decoder's hidden states and the teacher's."""
     first: float = 1.0
     """Weight of the first scored token among the others."""
 
@@ -93,8 +95,8 @@ def collate(examples: list[Example]) -> dict[str, object]:
     dict
         segment_ids (S, L) int64 and lengths (S), all different segments; groups (B), the segments of each context; markers (B);
         text_ids (B, T) int64, prompt and target; real (B, T) and scored (B, T) bool, weights (B, T) float32, 0 where not scored; ratio.
-        Where samples have a teacher, `teacher` holds their rows (R), their `distil` as weights (R) and, like the text, ids, real and
-        scored, each (R, U).
+        Where samples have a teacher, `teacher` holds their rows (R), their `distil` as weights (R), their `align` as aligned (R), how many
+        tokens at the end both texts share (R) and, like the text, ids, real and scored, each (R, U).
     """
     numbers: dict[tuple[int, ...], int] = {}
     groups = [[numbers.setdefault(tuple(segment), len(numbers)) for segment in e.segments] for e in examples]
@@ -112,11 +114,24 @@ def collate(examples: list[Example]) -> dict[str, object]:
         "weights": weights,
         "ratio": examples[0].ratio,
     }
-    if rows := [b for b, e in enumerate(examples) if e.teacher and e.distil]:
+    if rows := [b for b, e in enumerate(examples) if e.teacher and (e.distil or e.align)]:
         ids, real, scored = _texts([(examples[b].teacher, examples[b].target, examples[b].unscored) for b in rows])
-        share = torch.tensor([examples[b].distil for b in rows])
-        batch["teacher"] = {"rows": torch.tensor(rows), "weights": share, "ids": ids, "real": real, "scored": scored}
+        distil, align = (torch.tensor([share(examples[b]) for b in rows]) for share in (lambda e: e.distil, lambda e: e.align))
+        shared = [len(examples[b].target) + _ending(examples[b].prompt, examples[b].teacher) for b in rows]
+        batch["teacher"] = {"rows": torch.tensor(rows), "weights": distil, "aligned": align, "shared": torch.tensor(shared)} | {
+            "ids": ids,
+            "real": real,
+            "scored": scored,
+        }
     return batch
+
+
+def _ending(one: list[int], other: list[int]) -> int:
+    """Return how many ids at the end of both are the same."""
+    same = 0
+    while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
+        same += 1
+    return same
 
 
 def _texts(rows: list[tuple[list[int], list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:

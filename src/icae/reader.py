@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,17 @@ class Sampling:
 GREEDY = Sampling()
 
 
+class Read(NamedTuple):
+    """What a decoder made of a batch of texts."""
+
+    logits: Tensor
+    """(B, kept, V)."""
+    keep: Tensor
+    """(kept,) int64: the places of the text that these predict."""
+    states: list[Tensor]
+    """(B, T, D) a layer, of the text without its last token; empty where not asked for."""
+
+
 @dataclass(frozen=True)
 class Score:
     """How well a target was predicted, token by token."""
@@ -48,23 +59,28 @@ class Reader:
     def __init__(self, decoder: Decoder, config: ICAEConfig, markers: nn.Parameter):
         self.decoder, self.base, self.layout, self.markers = decoder, decoder.base, config.layout, markers
 
-    def logits(self, slots: SlotBatch | None, markers: Tensor, text_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-        """Read [marker, text without its last token] after the slots; return logits (B, kept, V) and the kept places of the text."""
+    def read(
+        self, slots: SlotBatch | None, markers: Tensor, text_ids: Tensor, real: Tensor, scored: Tensor, *, states: bool = False
+    ) -> Read:
+        """Read [marker, text without its last token] after the slots; logits are for those places of the text that some row scores."""
         device, lead = self.base.device, self.markers.shape[1] - 1
         keep = scored.any(0).nonzero()[:, 0]
         places = self.places(slots, markers.tolist(), lead + text_ids.shape[1])
         real = torch.cat([real.new_ones(len(real), lead), real], 1)
         text_ids, real, markers = (t.to(device, non_blocking=True) for t in (text_ids, real, markers))
         inputs = torch.cat([self.markers[markers].to(self.base.dtype), self.base.embed(text_ids[:, :-1])], 1)
-        return self.decoder.logits(slots, inputs, places, real, (keep + lead).to(device, non_blocking=True)), keep
+        logits, made = self.decoder.read(slots, inputs, places, real, (keep + lead).to(device, non_blocking=True), states=states)
+        return Read(logits, keep, [layer[:, lead + 1 :] for layer in made])
 
-    def plain_logits(self, text_ids: Tensor, real: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-        """Read text without its last token as the base does, with no slots and no marker; returns as `logits`."""
+    def read_plain(self, text_ids: Tensor, real: Tensor, scored: Tensor, *, states: bool = False) -> Read:
+        """Read text without its last token as the base does, with no slots and no marker."""
         device = self.base.device
         keep = scored.any(0).nonzero()[:, 0]
         places = torch.arange(text_ids.shape[1] - 1, device=device).expand(len(text_ids), -1)
         text_ids, real = (t[:, :-1].to(device, non_blocking=True) for t in (text_ids, real))
-        return self.decoder.logits(None, self.base.embed(text_ids), places, real, (keep - 1).to(device, non_blocking=True)), keep
+        inputs, at = self.base.embed(text_ids), (keep - 1).to(device, non_blocking=True)
+        logits, made = self.decoder.read(None, inputs, places, real, at, states=states)
+        return Read(logits, keep, made)
 
     def places(self, slots: SlotBatch | None, markers: list[int], width: int) -> Tensor:
         """Return position ids (B, width) of marker and text: [LM] and [FT] stand after the slots, [AE] where the layout puts it.
@@ -94,9 +110,9 @@ class Reader:
         data: Any = collate(list(examples))
         markers, text, real, scored = (data[name].to(self.base.device) for name in ("markers", "text_ids", "real", "scored"))
         if marked:
-            logits, keep = self.logits(self._batch(slots), markers, text, real, scored)
+            logits, keep, _ = self.read(self._batch(slots), markers, text, real, scored)
         else:
-            logits, keep = self.plain_logits(text, real, scored)
+            logits, keep, _ = self.read_plain(text, real, scored)
         labels, wanted = text[:, keep], scored[:, keep]
         nll = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
         hits = logits.argmax(-1) == labels
@@ -107,8 +123,8 @@ class Reader:
         """Return, for each place of a segment, the `count` tokens that the decoder finds likeliest there after the ones before."""
         data: Any = collate([Example([], Marker.AE, [], ids)])
         names = ("markers", "text_ids", "real", "scored")
-        logits, _ = self.logits(SlotBatch.pad([slots]), *(data[name].to(self.base.device) for name in names))
-        return logits[0, : len(ids)].topk(min(count, logits.shape[-1])).indices.tolist()
+        read = self.read(SlotBatch.pad([slots]), *(data[name].to(self.base.device) for name in names))
+        return read.logits[0, : len(ids)].topk(min(count, read.logits.shape[-1])).indices.tolist()
 
     # ---- generation ----
 

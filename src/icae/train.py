@@ -22,12 +22,14 @@ from icae.base import Base, load_base
 from icae.checkpoint import find_checkpoint, load_weights, read_config
 from icae.config import ICAEConfig, TrainConfig
 from icae.data import HeldOut, Windows, load_texts
+from icae.decoder import Decoder
 from icae.errors import ICAEError
 from icae.fused import fuse_norms
 from icae.matmul import fast_linear
 from icae.model import ICAE
 from icae.muon import Muon
 from icae.objectives import collate
+from icae.reader import Reader
 from icae.slots import write_atomically
 from icae.triples import Triples, load_pools
 
@@ -117,6 +119,8 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
         fuse_norms(base.model)
         fuse_norms(model.encoder)
         model.encoder.fused = True
+    if train.teacher is not None:
+        model.tutor = Reader(Decoder(base.tuned(train.teacher)), config, model.markers)
     if start is not None:
         load_weights(model, start, fresh=("mix", "connector"))  # over an adapter trained without them, both start as nothing
     return model

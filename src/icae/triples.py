@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,22 @@ class Pool:
     triples: list[Triple]
     share: float = 1.0
 
+    @cached_property
+    def contexts(self) -> list[list[Triple]]:
+        """The triples of each context, in the data's order."""
+        groups: dict[str, list[Triple]] = {}
+        for triple in self.triples:
+            groups.setdefault(triple.context, []).append(triple)
+        return list(groups.values())
+
+    def triple(self, turn: int, prompts: int, chance: Callable[[int], np.random.Generator]) -> Triple:
+        """Return the triple whose turn it is: `prompts` of a context in a row, each epoch's contexts in an order of its own."""
+        groups = self.contexts if prompts > 1 else [[t] for t in self.triples]
+        turn, nth = divmod(turn, prompts)
+        epoch, place = divmod(turn, len(groups))
+        first, *others = groups[int(chance(epoch).permutation(len(groups))[place])]
+        return others[(epoch * (prompts - 1) + nth - 1) % len(others)] if nth and others else first
+
 
 def _rows(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield each row's place in words, and what reads it; reading may raise ValueError, KeyError or TypeError."""
@@ -235,12 +252,12 @@ class Triples(Dataset):
         example = instruction(encode(triple.context), prompt, response, self.config.segment_length, ratio)
         room = self.base.max_positions - len(prompt) - len(response) - self.config.marker_length
         teacher: list[int] = []
-        if t.distil:
+        if t.distil or t.align:
             teacher = chat_prompt(tokenizer, full_text(triple.context, triple.prompt))
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
         segments = self._among_others(index, triple, example.segments, room, ratio)
-        return replace(example, segments=segments, teacher=teacher, distil=t.distil, ratio=drawn)
+        return replace(example, segments=segments, teacher=teacher, distil=t.distil if teacher else 0.0, align=t.align, ratio=drawn)
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""
@@ -252,9 +269,11 @@ class Triples(Dataset):
         for number, pool in enumerate(self.pools):
             share, left = pool.share / left, left - pool.share
             if takes(index, share) or number == len(self.pools) - 1:
-                epoch, place = divmod(math.floor(index * share), len(pool.triples))
-                order = np.random.default_rng([self.train.seed, 2, number, epoch]).permutation(len(pool.triples))
-                return pool.triples[int(order[place])]
+                return pool.triple(
+                    math.floor(index * share),
+                    self.train.prompts,
+                    lambda epoch, number=number: np.random.default_rng([self.train.seed, 2, number, epoch]),  # type: ignore[misc]
+                )
             index -= math.floor(index * share)
         raise AssertionError("the last pool takes every index")
 
