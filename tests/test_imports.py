@@ -25,15 +25,16 @@ LEVELS = {
     "baselines": 3,
     "probe": 4,
     "reader": 4,
-    "refine": 5,
+    "refine": 7,
     "loss": 5,
     "polish": 6,
-    "model": 7,
-    "checkpoint": 8,
-    "data": 8,
-    "triples": 9,
-    "train": 10,
-    "qa": 10,
+    "model": 8,
+    "checkpoint": 9,
+    "data": 9,
+    "triples": 10,
+    "callbacks": 2,
+    "train": 11,
+    "qa": 11,
 }
 """The core, from left to right: each room imports only rooms of a lower number, and nothing outside the core."""
 LATE = {("model", "checkpoint")}

@@ -22,7 +22,7 @@ from icae.config import ICAEConfig
 from icae.errors import ICAEError
 from icae.fused import effective_weights
 from icae.segments import positions, slot_count
-from icae.slots import Segment, SlotBatch, rotated
+from icae.slots import Segment, SlotBatch, filled, rotated
 
 
 class Encoder(nn.Module):
@@ -86,10 +86,10 @@ class Encoder(nn.Module):
         layout = [positions(self.config.layout, n, ratio) for n in lengths]
         count = slot_count(longest, ratio)
         context_BLD = self.peft.get_input_embeddings()(ids_BL)
-        real_BL = _first(lengths, longest, ids_BL.device)
+        real_BL = filled(lengths, longest).to(ids_BL.device, non_blocking=True)
         memory_BKD = self.memory_tokens(context_BLD, real_BL, count, ratio)
         slots = [len(p.memory) for p in layout]
-        real_BK = _first(slots, count, ids_BL.device)
+        real_BK = filled(slots, count).to(ids_BL.device, non_blocking=True)
         at_memory = _padded([p.memory for p in layout], count).to(ids_BL.device, non_blocking=True)
         places = _padded([p.slots for p in layout], count).to(ids_BL.device, non_blocking=True)
 
@@ -221,11 +221,6 @@ def _proven_rotations(base: Base) -> Tensor:
     if not same:
         raise ICAEError(f"{base.name} rotates keys in a way that kv slots do not know; use kind embedding")
     return angles
-
-
-def _first(counts: list[int], width: int, device: torch.device) -> Tensor:
-    """Return a (rows, width) mask, true in the first `counts[row]` places of each row."""
-    return (torch.arange(width)[None] < torch.tensor(counts)[:, None]).to(device, non_blocking=True)
 
 
 def _padded(rows: list[list[int]], width: int) -> Tensor:

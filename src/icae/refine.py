@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from icae.encoder import Encoder
+from icae.polish import BLOCK
 from icae.probe import Change, Probe
 from icae.slots import MemorySlots
 
@@ -81,7 +82,7 @@ class Refined:
 
 def tolerance(slots: MemorySlots) -> float:
     """Return the distance up to which slots count as the given ones."""
-    return min(TOLERANCE * (1 + POLISHED * slots.origin.polish * slots.origin.ratio / 4), MOST)
+    return min(TOLERANCE * (1 + POLISHED * slots.origin.polish * slots.origin.ratio / BLOCK), MOST)
 
 
 PLANS = {

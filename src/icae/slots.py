@@ -289,7 +289,7 @@ class SlotBatch:
         return dataclasses.replace(
             self,
             tensors=tensors,
-            mask=_filled([len(p) for p in places]).to(self.mask.device, non_blocking=True),
+            mask=filled([len(p) for p in places]).to(self.mask.device, non_blocking=True),
             positions=self.positions.flatten()[index] + by,
             segments=[tuple(s for b in group for s in self.segments[b]) for group in groups],
         )
@@ -299,16 +299,16 @@ class SlotBatch:
         """Put the slots of several contexts into one batch."""
         return SlotBatch(
             {name: pad_sequence([r.tensors[name] for r in rows], batch_first=True) for name in rows[0].tensors},
-            _filled([r.count for r in rows]).to(rows[0].positions.device),
+            filled([r.count for r in rows]).to(rows[0].positions.device),
             pad_sequence([r.positions for r in rows], batch_first=True),
             [r.segments for r in rows],
             rows[0].rotations,
         )
 
 
-def _filled(counts: Sequence[int]) -> Tensor:
-    """Return a (rows, largest) mask, true in the first `counts[row]` places of each row."""
-    return torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+def filled(counts: Sequence[int], width: int | None = None) -> Tensor:
+    """Return a (rows, width) mask, true in the first `counts[row]` places of each row; no width: the largest count."""
+    return torch.arange(max(counts) if width is None else width)[None] < torch.tensor(counts)[:, None]
 
 
 def rotated(keys: Tensor, rotations: Tensor, by: Tensor) -> Tensor:

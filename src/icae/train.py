@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from icae.base import Base, load_base
+from icae.callbacks import Clock, StopOnInterrupt
 from icae.checkpoint import find_checkpoint, load_weights, read_config
 from icae.config import ICAEConfig, TrainConfig
 from icae.data import HeldOut, Windows, load_texts
@@ -66,7 +65,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     """Run the loop over samples, and return the folder that holds what was learned; errors as for `train`."""
     output = Path(train.output)
     optimizer = _optimizer(trainee.trained(), train)
-    clock = _Clock(train)
+    clock = Clock(train)
     module: Any = trainee
     trainer = ICAETrainer(
         model=module,
@@ -75,7 +74,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
         eval_dataset=held_out,
         data_collator=collate,
         optimizers=(optimizer, _schedule(optimizer, train, clock)),
-        callbacks=[clock, _StopOnInterrupt()],
+        callbacks=[clock, StopOnInterrupt()],
     )
     last = _last_checkpoint(output)
     if last is not None and not resume:
@@ -251,55 +250,6 @@ def _left_on_the_cpu(loader: Any) -> Any:
     return loader
 
 
-class _Clock(TrainerCallback):
-    """Ends a run when its minutes are over, and tells how far it has come by them."""
-
-    def __init__(self, train: TrainConfig) -> None:
-        self.steps, self.minutes = train.steps, train.minutes
-        self.begin: float | None = None
-
-    def step(self) -> int:
-        """Return the step that a run is at that takes all its steps in its minutes."""
-        if self.minutes is None or self.begin is None:
-            return 0
-        return min(self.steps, int(self.steps * (time.monotonic() - self.begin) / (60 * self.minutes)))
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.step() == self.steps:
-            control.should_save = control.should_training_stop = True
-
-
-class _StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the run after the step under way, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        try:
-            self.before = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not the main thread: then Ctrl-C is somebody else's
-            self.before = None
-
-    def _ask(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
-
-
 def _last_checkpoint(output: Path) -> str | None:
     """Return the newest whole checkpoint: one without trainer_state.json, which is written last, was cut short."""
     whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
@@ -339,7 +289,7 @@ def _optimizer(trained: dict[str, torch.Tensor], train: TrainConfig) -> torch.op
     return Muon(groups, betas=(0.9, train.adam_beta2), weight_decay=train.weight_decay)
 
 
-def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, clock: _Clock) -> torch.optim.lr_scheduler.LambdaLR:
+def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, clock: Clock) -> torch.optim.lr_scheduler.LambdaLR:
     """Return the named schedule, each step of it times the factor that is in force there; the clock may be ahead of the steps."""
     named: Any = get_scheduler(train.schedule, optimizer, train.warmup_steps, train.steps).lr_lambdas[0]  # type: ignore[attr-defined]
 
