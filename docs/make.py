@@ -105,7 +105,8 @@ def _continuation(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any
 
 def _qa(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
     low, high = x["f1_slots_interval"]
-    yield [about.get("polish", 0), f"{x['f1_text']:.3f}", f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", f"{x['f1_none']:.3f}", x["n"]]
+    text, nothing = (f"{x[key]:.3f}" if key in x else "" for key in ("f1_text", "f1_none"))
+    yield [about.get("polish", 0), text, f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", nothing, x["n"]]
 
 
 def answers_table() -> str:

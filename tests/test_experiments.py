@@ -17,10 +17,11 @@ import yaml
 import icae
 from icae import cli
 from icae.baselines import surprise
+from icae.checkpoint import find_checkpoint
 from icae.errors import ICAEError
 from icae.evaluate import autoencoding, continuation
 from icae.experiments import EXPERIMENTS, asking, fig4, fig6, following, memory, paper, qa, reading, table2, table3, table5, table6, table7
-from icae.experiments.context import Context, open_context
+from icae.experiments.context import Context, checkpoint_hash, open_context
 from icae.experiments.runner import reproduce
 from icae.experiments.table import Column, Table, number, perplexity
 from icae.figures import PAINTERS, draw
@@ -461,6 +462,14 @@ def test_the_page_sets_every_table_beside_the_paper(context):
         assert f"**Here**: {paper.verdict(table)}" in made
     assert "(../results/fig4.png)" in made and "(../results/fig5.png)" not in made
     assert paper.page({}, []).count("Not run yet") == len(EXPERIMENTS)
+
+
+def test_the_page_tells_tables_of_an_adapter_that_ships_no_more(context):
+    table = fig4.run(context, **small("fig4"))
+    shipped = {"name": "smollm2-135m-kv-4x", "sha256": checkpoint_hash(find_checkpoint(None))}
+    for main, old in ((shipped, False), ({**shipped, "sha256": "0" * 16}, True)):
+        table.provenance["main"] = main
+        assert ("another ships now" in paper.page({"fig4": table}, [])) == old
 
 
 def test_a_sentence_follows_its_table():

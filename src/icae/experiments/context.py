@@ -194,13 +194,22 @@ class Context:
     def _checkpoint(self, folder: Path | None) -> dict[str, str] | None:
         if folder is None:
             return None
-        files = ("config.json", "adapter_model.safetensors", "memory.safetensors")
-        return {"name": folder.name, "sha256": hashlib.sha256("".join(self._digest(folder / f) for f in files).encode()).hexdigest()[:16]}
+        return {"name": folder.name, "sha256": checkpoint_hash(folder, self._digest)}
 
     def _digest(self, file: Path) -> str:
         if file not in self._digests:
-            self._digests[file] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            self._digests[file] = _sha256(file)
         return self._digests[file]
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def checkpoint_hash(folder: Path, digest: Callable[[Path], str] = _sha256) -> str:
+    """Return a short hash of a checkpoint: of what it is, and of all that was trained."""
+    files = ("config.json", "adapter_model.safetensors", "memory.safetensors")
+    return hashlib.sha256("".join(digest(folder / f) for f in files).encode()).hexdigest()[:16]
 
 
 def hashes(windows: Sequence[Sequence[int] | str]) -> list[str]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
+from icae.checkpoint import SHIPPED
 from icae.experiments import EXPERIMENTS
+from icae.experiments.context import checkpoint_hash
 from icae.experiments.table import Cell, Table, number
 
 PAPER = {
@@ -71,11 +73,18 @@ def page(tables: Mapping[str, Table], pictures: Collection[str]) -> str:
             lines += [f"![{title}](../results/{name}.png)", ""]
         lines += [*(f"- {note}" for note in table.notes), ""] if table.notes else []
         about = table.provenance
-        names = [x["name"] for x in about.values() if isinstance(x, dict) and "sha256" in x]
+        names = [_name(x) for x in about.values() if isinstance(x, dict) and "sha256" in x]
         steps = f"steps of polishing: {0 if name in AS_WRITTEN else about['polish']}" if "polish" in about else None
         told = [about.get("base"), *names, steps, f"commit {about.get('commit')}", about.get("date"), about.get("machine")]
         lines += [f"<sub>{'; '.join(str(x) for x in told if x)}</sub>", ""]
     return "\n".join(lines)
+
+
+def _name(about: dict[str, str]) -> str:
+    """Return the name of a text or a checkpoint; of an adapter that ships, whether it has been trained on since."""
+    folder = SHIPPED / about["name"]
+    changed = folder.is_dir() and checkpoint_hash(folder) != about["sha256"]
+    return f"{about['name']} as it was at this commit (another ships now)" if changed else about["name"]
 
 
 # ---- one a table ----
