@@ -77,9 +77,7 @@ def _taught(teacher: Reader, mine: Read, row: Tensor, taught: Tensor, widths: Te
     """Return the sum over taught rows of what they are away from their teacher, which reads the full text: no gradient goes there.
 
     Knowledge distillation (arXiv 1503.02531) at temperature 1, as context distillation (arXiv 2112.00861) uses it: what the slots
-    should do is what the text would have done. Each row has KL(teacher || pupil), the mean over its scored tokens, by its weight; and
-    the squared distance of their hidden states (arXiv 1412.6550), relative to the teacher's own size, the mean over layers and over the
-    tokens that both read, by its weight.
+    should do is what the text would have done. Each row has KL(teacher || pupil), the mean over its scored tokens, by its weight.
 
     Parameters
     ----------
@@ -92,26 +90,36 @@ def _taught(teacher: Reader, mine: Read, row: Tensor, taught: Tensor, widths: Te
     lesson
         Those rows' texts and weights, as `objectives.collate` makes them.
     """
-    device, theirs, states = teacher.base.device, lesson["scored"], _compared(lesson)
+    device, theirs = teacher.base.device, lesson["scored"]
     place = torch.isin(row, taught).nonzero()[:, 0]
     with torch.no_grad():
-        said = teacher.read_plain(lesson["ids"], lesson["real"], theirs, states=states)
+        said = teacher.read_plain(lesson["ids"], lesson["real"], theirs, states=_compared(lesson))
         r, t = theirs[:, said.keep].nonzero(as_tuple=True)
         wanted = said.logits[r.to(device, non_blocking=True), t.to(device, non_blocking=True)].float().log_softmax(-1)
     logits = mine.logits[place.to(device, non_blocking=True)].float().log_softmax(-1)
     kl = nn.functional.kl_div(logits, wanted, reduction="none", log_target=True).sum(-1)
     total = kl @ (lesson["weights"] / theirs.sum(1).clamp(min=1))[r].to(device, non_blocking=True)
-    if not states:
-        return total
+    return total + _apart(mine.states, said.states, taught, widths, lesson) if said.states else total
+
+
+def _apart(mine: list[Tensor], theirs: list[Tensor], taught: Tensor, widths: Tensor, lesson: dict[str, Tensor]) -> Tensor:
+    """Return the sum over taught rows of the distance of their hidden states from the teacher's, by its weight.
+
+    Squared (hints: arXiv 1412.6550), relative to the teacher's own size, the mean over layers and over the tokens at the end that both
+    read: of the prompt what stands in either text, and the target. Parameters as for `_taught`.
+    """
+    device = theirs[0].device
     ends = torch.stack([widths, lesson["real"].sum(1)]) - 1  # the last token is read by neither
     shared = lesson["shared"] - 1
     back = torch.cat([torch.arange(int(n)) for n in shared]) + 1
     whose = torch.repeat_interleave(torch.arange(len(taught)), shared)
     weight = (lesson["aligned"] / shared.clamp(min=1))[whose].to(device, non_blocking=True)
-    pupil = (taught[whose].to(device, non_blocking=True), (ends[0][whose] - back).to(device, non_blocking=True))
-    model = (whose.to(device, non_blocking=True), (ends[1][whose] - back).to(device, non_blocking=True))
-    for here, there in zip(mine.states, said.states, strict=True):
-        want = there[model].float()
-        away = (here[pupil].float() - want).pow(2).sum(-1) / want.pow(2).sum(-1)
-        total = total + away @ weight / len(said.states)
-    return total
+    here, there = (
+        (rows[whose].to(device, non_blocking=True), (end[whose] - back).to(device, non_blocking=True))
+        for rows, end in zip((taught, torch.arange(len(taught))), ends, strict=True)
+    )
+    total = weight.new_zeros(())
+    for pupil, teacher in zip(mine, theirs, strict=True):
+        wanted = teacher[there].float()
+        total = total + ((pupil[here].float() - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1)) @ weight
+    return total / len(theirs)
