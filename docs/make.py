@@ -168,12 +168,14 @@ def _reader(words: str, x: dict[str, Any], side: str, commit: str) -> str:
 def results_page() -> str:
     """Return docs/results.md: the tables of `icae reproduce` beside the paper's figures."""
     from icae.experiments import EXPERIMENTS
+    from icae.experiments.context import checkpoint_hash
     from icae.experiments.paper import page
     from icae.experiments.table import Table
 
     files = {name: ROOT / "results" / f"{name}.json" for name in EXPERIMENTS}
     tables = {name: Table.load(file) for name, file in files.items() if file.exists()}
-    return page(tables, [name for name, file in files.items() if file.with_suffix(".png").exists()])
+    shipped = {f.parent.name: checkpoint_hash(f.parent) for f in (ROOT / "src/icae/adapters").glob("*/config.json")}
+    return page(tables, [name for name, file in files.items() if file.with_suffix(".png").exists()], shipped)
 
 
 def serving_table() -> str:

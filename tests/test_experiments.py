@@ -17,7 +17,6 @@ import yaml
 import icae
 from icae import cli
 from icae.baselines import surprise
-from icae.checkpoint import find_checkpoint
 from icae.errors import ICAEError
 from icae.evaluate import autoencoding, continuation
 from icae.experiments import EXPERIMENTS, asking, fig4, fig6, following, memory, paper, qa, reading, table2, table3, table5, table6, table7
@@ -466,10 +465,10 @@ def test_the_page_sets_every_table_beside_the_paper(context):
 
 def test_the_page_tells_tables_of_an_adapter_that_ships_no_more(context):
     table = fig4.run(context, **small("fig4"))
-    shipped = {"name": "smollm2-135m-kv-4x", "sha256": checkpoint_hash(find_checkpoint(None))}
-    for main, old in ((shipped, False), ({**shipped, "sha256": "0" * 16}, True)):
-        table.provenance["main"] = main
-        assert ("another ships now" in paper.page({"fig4": table}, [])) == old
+    name, own = "some-adapter", checkpoint_hash(context.checkpoints["main"])
+    table.provenance["main"] = {"name": name, "sha256": own}
+    for shipped, old in (({}, False), ({"other": "0"}, False), ({name: own}, False), ({name: "0" * 16}, True)):
+        assert ("another ships now" in paper.page({"fig4": table}, [], shipped)) == old
 
 
 def test_a_sentence_follows_its_table():

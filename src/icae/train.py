@@ -118,7 +118,7 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
         fuse_norms(base.model)
         fuse_norms(model.encoder)
         model.encoder.fused = True
-    if train.teacher is not None:
+    if train.teacher is not None and train.objective == "instruct":
         model.tutor = Reader(Decoder(base.tuned(train.teacher)), config, model.markers)
     if start is not None:
         load_weights(model, start, fresh=("mix", "connector"))  # over an adapter trained without them, both start as nothing

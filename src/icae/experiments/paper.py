@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
-from icae.checkpoint import SHIPPED
 from icae.experiments import EXPERIMENTS
-from icae.experiments.context import checkpoint_hash
 from icae.experiments.table import Cell, Table, number
 
 PAPER = {
@@ -53,8 +51,18 @@ def _base(table: Table) -> str:
     return f"the base is {name}, the paper's is Llama-7b{small}"
 
 
-def page(tables: Mapping[str, Table], pictures: Collection[str]) -> str:
-    """Return docs/results.md of the tables at hand; `pictures` names those that have one beside them."""
+def page(tables: Mapping[str, Table], pictures: Collection[str], shipped: Mapping[str, str] | None = None) -> str:
+    """Return docs/results.md of the tables at hand.
+
+    Parameters
+    ----------
+    tables : mapping of str to Table
+        By the experiment's name.
+    pictures : collection of str
+        Names of those that have one beside them.
+    shipped : mapping of str to str, optional
+        The hash of each adapter that ships: tables of another one under its name say so.
+    """
     lines = [
         "# Results beside the paper's",
         "",
@@ -73,17 +81,16 @@ def page(tables: Mapping[str, Table], pictures: Collection[str]) -> str:
             lines += [f"![{title}](../results/{name}.png)", ""]
         lines += [*(f"- {note}" for note in table.notes), ""] if table.notes else []
         about = table.provenance
-        names = [_name(x) for x in about.values() if isinstance(x, dict) and "sha256" in x]
+        names = [_name(x, shipped or {}) for x in about.values() if isinstance(x, dict) and "sha256" in x]
         steps = f"steps of polishing: {0 if name in AS_WRITTEN else about['polish']}" if "polish" in about else None
         told = [about.get("base"), *names, steps, f"commit {about.get('commit')}", about.get("date"), about.get("machine")]
         lines += [f"<sub>{'; '.join(str(x) for x in told if x)}</sub>", ""]
     return "\n".join(lines)
 
 
-def _name(about: dict[str, str]) -> str:
+def _name(about: dict[str, str], shipped: Mapping[str, str]) -> str:
     """Return the name of a text or a checkpoint; of an adapter that ships, whether it has been trained on since."""
-    folder = SHIPPED / about["name"]
-    changed = folder.is_dir() and checkpoint_hash(folder) != about["sha256"]
+    changed = shipped.get(about["name"], about["sha256"]) != about["sha256"]
     return f"{about['name']} as it was at this commit (another ships now)" if changed else about["name"]
 
 
