@@ -64,10 +64,8 @@ def test_the_bound_teaches_slots_to_answer(bench, config, base, tmp_path):
     ids = torch.tensor([base.encode(LINES[0])])
     assert not torch.equal(tuned.model(ids).logits, base.model(ids).logits)
     assert base.model(ids).logits.equal(load_base(base.name).model(ids).logits)
-    values = {**read_yaml(config), "objective": "instruct", "teacher": str(folder), "align": 1.0, "distil": 0.5, "steps": 2}
-    settings = TrainConfig.from_dict(
-        {name: str(v) if isinstance(v, Path) else v for name, v in values.items()} | {"output": str(tmp_path / "s")}
-    )
+    values = {"objective": "instruct", "teacher": str(folder), "align": 1.0, "distil": 0.5, "steps": 2, "output": str(tmp_path / "s")}
+    settings = TrainConfig.from_dict(read_yaml(config) | values)
     losses = []
     for teacher in (str(folder), None):
         torch.manual_seed(0)

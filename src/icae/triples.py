@@ -257,7 +257,7 @@ class Triples(Dataset):
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
         segments = self._among_others(index, triple, example.segments, room, ratio)
-        return replace(example, segments=segments, teacher=teacher, distil=t.distil if teacher else 0.0, align=t.align, ratio=drawn)
+        return replace(example, segments=segments, teacher=teacher, distil=t.distil, align=t.align, ratio=drawn)
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""
