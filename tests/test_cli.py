@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from icae import cli
+from icae.slots import MemorySlots
 
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join(tiny.LINES)
@@ -101,10 +102,23 @@ def test_reconstruct_says_what_the_decoder_reads_where_that_is_asked_for(icae, c
 
 
 def test_ask_answers_from_slots_and_from_full_text(icae, checkpoint, slots, text):
-    for arguments in ((slots, "Who?"), ("Who?", "--text", text)):
+    for arguments, more in (((slots, "Who?"), ["segments", "segments_asked"]), (("Who?", "--text", text), [])):
         code, out, _ = icae("ask", *arguments, "--max-tokens", 4, "--model", checkpoint, "--json")
         assert code == 0
-        assert list(json.loads(out)) == ["answer"]
+        assert list(json.loads(out)) == ["answer", *more]
+
+
+def test_ask_tells_how_much_of_a_long_context_it_asked(icae, checkpoint, slots):
+    count, asked = len(MemorySlots.load(slots).segments), (slots, "Who?", "--max-tokens", 4, "--model", checkpoint)
+    assert count > 1
+    code, out, err = icae("ask", *asked, "--focus", 1)
+    assert code == 0 and f"from 1 of {count} segments" in err
+    result = json.loads(icae("ask", *asked, "--focus", 1, "--json")[1])
+    assert result == {"answer": out.strip(), "segments": count, "segments_asked": 1}
+    code, _, err = icae("ask", *asked, "--focus", 0)
+    assert code == 0 and "segments" not in err
+    code, out, err = icae("ask", *asked, "--focus", -1)
+    assert (code, out) == (2, "") and "focus" in err and err.count("\n") == 1
 
 
 def test_continue_is_greedy_unless_a_temperature_is_given_and_then_follows_the_seed(icae, checkpoint, slots):

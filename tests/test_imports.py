@@ -28,6 +28,7 @@ LEVELS = {
     "refine": 7,
     "loss": 5,
     "polish": 6,
+    "focus": 5,
     "model": 8,
     "checkpoint": 9,
     "data": 9,

@@ -189,6 +189,23 @@ def test_usage_counts_what_was_read_and_what_was_saved(client, model, store):
     assert usage["icae"]["kv_bytes"] == usage["prompt_tokens"] * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, size, float32
 
 
+def test_long_contexts_are_asked_where_the_question_points(client, model, store, monkeypatch):
+    monkeypatch.setattr(model, "config", model.config.replace(focus=2))
+    other = " ".join(LINES[::-1])
+    ids = [client.post("/v1/contexts", json={"text": text, "name": name}).json()["id"] for text, name in ((TEXT, "a"), (other, "b"))]
+    slots = MemorySlots.concatenate([store.load("a"), store.load("b")])
+    assert len(slots.segments) == sum(store.catalogue.segments(e.entry) for e in store.entries()) > 2
+    for question in (QUESTION, LINES[1], QUESTION):  # the first question's segments are kept beside the second's
+        narrow = model.focused(slots, question)
+        reply = ask(client, *(context(context_id=id) for id in ids), question=question)
+        assert said(reply) == "".join(model.stream_answer(narrow, question, max_new_tokens=12))
+        usage = reply.json()["usage"]["icae"]
+        assert usage["slots"] == narrow.count < slots.count and usage["context_tokens"] == slots.tokens
+    assert store.catalogue.segments("unknown") == 0
+    whole = client.post("/v1/completions", json={"prompt": " and", "context_id": ids[0], "max_tokens": 4}).json()
+    assert whole["usage"]["icae"]["slots"] == store.load("a").count  # what goes on is no question
+
+
 def templated(model, question):
     assert model.base.tokenizer.chat_template == TEMPLATE
     return model.base.tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)

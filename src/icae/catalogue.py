@@ -187,6 +187,12 @@ class Catalogue:
         with self._connected() as db:
             return [k for (k,) in db.execute("SELECT blob FROM parts WHERE entry = ? ORDER BY place", (content,))]
 
+    def segments(self, content: str) -> int:
+        """Return how many segments a content has; 0 if it is not listed."""
+        with self._connected() as db:
+            asked = "SELECT COALESCE(SUM(segments), 0) FROM parts JOIN blobs ON blobs.key = parts.blob WHERE entry = ?"
+            return db.execute(asked, (content,)).fetchone()[0]
+
     def blobs(self) -> list[Blob]:
         """Return all listed blobs."""
         with self._connected() as db:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Polish, load_model
+from icae.terminal import Focus, Polish, load_model
 
 if TYPE_CHECKING:
     from icae.model import ICAE
@@ -26,6 +26,7 @@ def chat(
     seed: Annotated[int, typer.Option("--seed", help="Of what is drawn, where the temperature is above 0.")] = 0,
     ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file. [default: checkpoint's]")] = None,
     polish: Polish = None,
+    focus: Focus = None,
     model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
@@ -39,7 +40,7 @@ def chat(
         raise ICAEError(f"max-tokens must be at least 1, got {max_tokens}")
     loaded = MemorySlots.load(context) if context.suffix == ".safetensors" else None
     text = "" if loaded is not None else read_text(context)
-    icae = load_model(model, base, device, polish)
+    icae = load_model(model, base, device, polish=polish, focus=focus)
     slots = loaded if loaded is not None else icae.compress(text, ratio=ratio)
     icae.check(slots)
     print(f"{slots.tokens} tokens in {slots.count} slots; /forget begins anew, /quit leaves", file=sys.stderr, flush=True)
@@ -50,11 +51,12 @@ def chat(
         if said == "/forget":
             history = []
             continue
-        history = fitting(icae, slots, history, said, max_tokens)
+        asked = icae.focused(slots, said, history=history)
+        history = fitting(icae, asked, history, said, max_tokens)
         sampling = Sampling(temperature, seed=seed + len(history) if temperature else None)
         answer = ""
         try:
-            for piece in icae.stream_answer(slots, said, history=history, max_new_tokens=max_tokens, sampling=sampling):
+            for piece in icae.stream_answer(asked, said, history=history, max_new_tokens=max_tokens, sampling=sampling):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation

@@ -18,6 +18,7 @@ from icae.errors import ICAEError
 from icae.terminal import (
     BaseName,
     Device,
+    Focus,
     Json,
     Model,
     Polish,
@@ -85,7 +86,7 @@ def compress(
     """Compress a text into memory slots, once."""
     text = _text(source)
     check_ratio(ratio)
-    icae = load_model(model, base, device, polish)
+    icae = load_model(model, base, device, polish=polish)
     import torch
 
     ids = icae.base.encode(text)
@@ -187,13 +188,14 @@ def ask(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    focus: Focus = None,
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Ask about a text, from its slots (or, with --text, from the full text)."""
-    sampling = _sampling(temperature, seed)
+    sampling, about = _sampling(temperature, seed), {}
     if text is not None:
         if question is not None:
             raise ICAEError("give either a slot file or --text FILE, not both")
@@ -206,9 +208,13 @@ def ask(
         if question is None:
             raise ICAEError('the question is missing: icae ask slots.safetensors "What ...?"')
         prompt = _question(question)
-        loaded, icae = _load_slots(Path(slots), model, base, device)
-        pieces = icae.stream_answer(loaded, prompt, max_new_tokens=max_tokens, sampling=sampling)
-    _print_stream("answer", pieces, as_json)
+        loaded, icae = _load_slots(Path(slots), model, base, device, focus)
+        asked = icae.focused(loaded, prompt)
+        about = {"segments": len(loaded.segments), "segments_asked": len(asked.segments)}
+        pieces = icae.stream_answer(asked, prompt, max_new_tokens=max_tokens, sampling=sampling)
+    _print_stream("answer", pieces, as_json, **about)
+    if not as_json and about and about["segments_asked"] < about["segments"]:
+        say("from {segments_asked} of {segments} segments, those that the question is about; --focus 0 asks all".format(**about))
 
 
 @app.command()
@@ -275,12 +281,12 @@ def _question(text: str) -> str:
     return text
 
 
-def _load_slots(path: Path, model: str | None, base: str | None, device: str) -> tuple[Any, ICAE]:
+def _load_slots(path: Path, model: str | None, base: str | None, device: str, focus: int | None = None) -> tuple[Any, ICAE]:
     """Return slots and the model to read them; a bad slot file is named before a model is loaded."""
     from icae.slots import MemorySlots
 
     slots = MemorySlots.load(path)
-    return slots, load_model(model, base, device)
+    return slots, load_model(model, base, device, focus=focus)
 
 
 def _sampling(temperature: float, seed: int) -> Any:
@@ -289,9 +295,9 @@ def _sampling(temperature: float, seed: int) -> Any:
     return Sampling(temperature=temperature, seed=seed if temperature else None)
 
 
-def _print_stream(name: str, pieces: Iterator[str], as_json: bool) -> None:
+def _print_stream(name: str, pieces: Iterator[str], as_json: bool, **about: int) -> None:
     if as_json:
-        print(json.dumps({name: "".join(pieces).strip()}, ensure_ascii=False))
+        print(json.dumps({name: "".join(pieces).strip(), **about}, ensure_ascii=False))
     else:
         _stream(pieces)
 

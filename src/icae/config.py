@@ -95,6 +95,9 @@ class ICAEConfig(_Config):
         "Gradient steps on a segment's slots after they were written, by default: each costs about twice what encoding does; none: one, "
         "and another for every four tokens that a slot stands for.",
     )
+    focus: int = setting(
+        4, "Segments that a prompt is answered from, at most: of a longer context, those that the prompt is about; 0: always all of them."
+    )
     layout: str = setting("spread", "Position ids of memory tokens: 'spread' over the context or 'appended' after it.")
     memory: str = setting(
         "pooled",
@@ -130,6 +133,7 @@ class ICAEConfig(_Config):
         _at_least("ratio", self.ratio, 1, "4 keeps about everything, 16 the gist")
         if self.polish is not None:
             _at_least("polish", self.polish, 0, "1 is a good deal better than none")
+        _at_least("focus", self.focus, 0, "0 reads every segment of a context, however long")
         _at_least("segment_length", self.segment_length, self.ratio, "a segment holds one slot's block at least")
         _at_least("marker_length", self.marker_length, 1, "2 lets the first token be read back too")
         _at_least("lora_rank", self.lora_rank, 1, "64 is the default")

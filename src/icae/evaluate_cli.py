@@ -13,6 +13,7 @@ from icae.errors import ICAEError
 from icae.terminal import (
     BaseName,
     Device,
+    Focus,
     Json,
     Model,
     Polish,
@@ -101,6 +102,7 @@ def evaluate_qa(
     samples: QaSamples = None,
     ratio: Ratio = None,
     polish: Polish = None,
+    focus: Focus = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -114,7 +116,7 @@ def evaluate_qa(
     from icae.qa import qa
 
     settings = {"sides": [side.strip() for side in sides.split(",")], "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa", qa, data, samples, seed, model, base, device, polish, responses, save, as_json, **settings)
+    _evaluate_qa("qa", qa, data, samples, seed, model, base, device, polish, focus, responses, save, as_json, **settings)
 
 
 @app.command("qa-documents")
@@ -124,6 +126,7 @@ def evaluate_qa_documents(
     samples: QaSamples = None,
     ratio: Ratio = None,
     polish: Polish = None,
+    focus: Focus = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -137,7 +140,9 @@ def evaluate_qa_documents(
     from icae.qa import documents as ask_documents
 
     settings = {"count": documents, "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa-documents", ask_documents, data, samples, seed, model, base, device, polish, responses, save, as_json, **settings)
+    _evaluate_qa(
+        "qa-documents", ask_documents, data, samples, seed, model, base, device, polish, focus, responses, save, as_json, **settings
+    )
 
 
 @app.command("qa-places")
@@ -149,6 +154,7 @@ def evaluate_qa_places(
     samples: QaSamples = None,
     ratio: Ratio = None,
     polish: Polish = None,
+    focus: Focus = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -163,7 +169,7 @@ def evaluate_qa_places(
 
     wanted = [side.strip() for side in sides.split(",")]
     settings = {"length": length, "whole": whole, "sides": wanted, "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa-places", places, data, samples, seed, model, base, device, polish, responses, save, as_json, **settings)
+    _evaluate_qa("qa-places", places, data, samples, seed, model, base, device, polish, focus, responses, save, as_json, **settings)
 
 
 def _evaluate(
@@ -181,7 +187,7 @@ def _evaluate(
 
     if settings["samples"] < 1:
         raise ICAEError(f"samples must be at least 1, got {settings['samples']}")
-    icae = load_model(model, base, device, polish)
+    icae = load_model(model, base, device, polish=polish)
     corpus = load_corpus(text, icae.base)
     with progress("evaluating", "samples") as tick:
         results = function(icae, corpus, progress=tick, **settings)
@@ -209,6 +215,7 @@ def _evaluate_qa(
     base: str | None,
     device: str,
     polish: int | None,
+    focus: int | None,
     responses: Path | None,
     save: Path | None,
     as_json: bool,
@@ -222,7 +229,7 @@ def _evaluate_qa(
     if samples is not None and samples < 1:
         raise ICAEError(f"samples must be at least 1, got {samples}")
     every = load_triples(data)
-    icae = load_model(model, base, device, polish)
+    icae = load_model(model, base, device, polish=polish, focus=focus)
     with progress("asking", "questions") as tick:
         if name != "qa":  # the others also draw what stands around a context
             settings["seed"] = seed
@@ -234,7 +241,8 @@ def _evaluate_qa(
     if save is not None:
         from icae.report import write_report
 
-        about = {"data": Path(data).name, "samples": samples, "seed": seed, "polish": icae.origin_at(settings["ratio"]).polish, **settings}
+        steps = icae.origin_at(settings["ratio"]).polish
+        about = {"data": Path(data).name, "samples": samples, "seed": seed, "polish": steps, "focus": icae.config.focus, **settings}
         write_report(save, name, _checkpoint_name(model), icae, about, results)
 
     def plain() -> None:

@@ -23,6 +23,7 @@ from icae.config import ICAEConfig
 from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
+from icae.focus import asked, focus
 from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
 from icae.polish import default_steps
@@ -320,11 +321,21 @@ class ICAE(nn.Module):
         self, slots: Sequence[MemorySlots] | None, prompts: Sequence[str], *, max_new_tokens: int = 256, sampling: Sampling = GREEDY
     ) -> list[str]:
         """Respond to several prompts in one batch, each with its own slots; without slots, as the base alone would."""
-        for s in slots or []:
-            self.check(s)
+        slots = slots and [self.focused(s, p) for s, p in zip(slots, prompts, strict=True)]
         ids = [chat_prompt(self.base.tokenizer, p) for p in prompts]
         made = self.reader.collect(slots, ids, None if slots is None else Marker.FT, [max_new_tokens] * len(ids), sampling)
         return [self.base.decode(row).strip() for row in made]
+
+    def focused(self, slots: MemorySlots, prompt: str, *, history: list[dict[str, str]] | None = None) -> MemorySlots:
+        """Return the slots that a prompt is answered from: of a context of more than `config.focus` segments, those that it is about.
+
+        `answer`, `answers` and `stream_answer` begin with this. Raises `ICAEError` for slots that this model cannot read.
+        """
+        self.check(slots)
+        if not self.config.focus:
+            return slots
+        ids = self.base.encode(asked([*(history or []), {"role": "user", "content": prompt}]))
+        return focus(self.reader, slots, ids, self.config.focus)
 
     def stream_reconstruction(self, slots: MemorySlots) -> Iterator[str]:
         """Return the text as the decoder reads it back (not refined), piece by piece, one segment after the other."""
@@ -359,6 +370,7 @@ class ICAE(nn.Module):
     ) -> Iterator[str]:
         """Return a response piece by piece; `history` holds earlier turns as chat messages."""
         marker = None if slots is None else Marker.FT
+        slots = slots and self.focused(slots, prompt, history=history)
         return self._stream(slots, chat_prompt(self.base.tokenizer, prompt, history), marker, max_new_tokens, sampling)
 
     def _stream(

@@ -47,7 +47,7 @@ def add(
         texts = [(name, texts[0][1], texts[0][2])]
     kept = _open(store, blobs, make=True)
 
-    icae = load_model(model, base, device, polish)
+    icae = load_model(model, base, device, polish=polish)
     rows = []
     for label, source, text in texts:
         begin = time.perf_counter()

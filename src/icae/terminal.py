@@ -30,6 +30,15 @@ Polish = Annotated[
         show_default=False,
     ),
 ]
+Focus = Annotated[
+    int | None,
+    typer.Option(
+        "--focus",
+        help="Segments that a question is answered from, at most: of a longer context, those that it is about; 0: all. "
+        "[default: the checkpoint's; 4]",
+        show_default=False,
+    ),
+]
 Refine = Annotated[
     bool | None,
     typer.Option(
@@ -49,10 +58,10 @@ GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 """Has transformers leave keys and values that several heads share as they are: on CPUs faster, under a mask, than a copy a head."""
 
 
-def load_model(model: str | None, base: str | None, device: str, polish: int | None = None) -> ICAE:
+def load_model(model: str | None, base: str | None, device: str, **settings: int | None) -> ICAE:
     """Load a checkpoint, to run with the fastest matrix products there are; errors as for `ICAE.from_pretrained`.
 
-    `polish` are the gradient steps on slots once they are written; none: the checkpoint's own.
+    Settings (`polish`, `focus`) replace the checkpoint's own where they are not none.
     """
     from icae.model import ICAE
     from icae.packed import packed_linear
@@ -63,8 +72,7 @@ def load_model(model: str | None, base: str | None, device: str, polish: int | N
         os.environ[GROUPED] = "1"
         lent.callback(os.environ.pop, GROUPED, None)
     loaded = ICAE.from_pretrained(model, base=base, device=device)
-    if polish is not None:
-        loaded.config = loaded.config.replace(polish=polish)
+    loaded.config = loaded.config.replace(**{name: value for name, value in settings.items() if value is not None})
     return loaded
 
 

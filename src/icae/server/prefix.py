@@ -86,12 +86,12 @@ class Prefixes:
             self.kept.move_to_end(key)
         return found
 
-    def put(self, key: str, slots: MemorySlots) -> Prefix:
-        """Read slots into keys and values, and keep them if they fit."""
+    def put(self, key: str, slots: MemorySlots, tokens: int | None = None) -> Prefix:
+        """Read slots, chosen from those of a context of so many tokens, into keys and values; keep them if they fit."""
         with torch.no_grad():
             cache = self.model.decoder.prefix(SlotBatch.pad([slots.to(self.model.base.device)]))
         layers = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
-        made = Prefix(layers, slots.span, slots.tokens, slots.count)
+        made = Prefix(layers, slots.span, slots.tokens if tokens is None else tokens, slots.count)
         self._keep(key, made)
         return made
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 import secrets
 import time
 from collections.abc import Generator
@@ -19,6 +20,7 @@ from icae.base import Base
 from icae.catalogue import Entry
 from icae.chat import encode, render
 from icae.errors import ICAEError
+from icae.focus import asked, relevant
 from icae.model import ICAE
 from icae.objectives import Example, Marker
 from icae.reader import Sampling
@@ -51,6 +53,8 @@ class Ask:
     """The prompt: token ids, and input embeddings (tokens, hidden) between them."""
     marker: Marker
     """Stands before the prompt where there are contexts."""
+    about: str = ""
+    """What the user asks: long contexts are narrowed to the segments that it is about; nothing: they are read whole."""
 
 
 class Service:
@@ -143,7 +147,7 @@ class Service:
         mark = secrets.token_hex(8)  # nobody can write it into a text
         contexts: list[Wanted] = []
         embeds: list[Tensor] = []
-        turns = []
+        turns, texts = [], []
         for message in messages:
             said = ""
             for part in [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content:
@@ -155,10 +159,11 @@ class Service:
                     said += f"{mark}{len(embeds)}{mark}"
                     embeds.append(self._embeds(part.data))
             turns.append({"role": "system" if message.role == "developer" else message.role, "content": said})
+            texts.append({"role": message.role, "content": re.sub(f"{mark}.*?{mark}", "", said)})
         pieces: list[list[int] | Tensor] = []
         for i, piece in enumerate(render(self.model.base.tokenizer, turns).split(mark)):
             pieces.append(embeds[int(piece)] if i % 2 else encode(self.model.base.tokenizer, piece))
-        return Ask(contexts, pieces, Marker.FT)
+        return Ask(contexts, pieces, Marker.FT, asked(texts))
 
     def completion(self, namespace: str, prompt: str | list[int], context_id: str | None) -> Ask:
         """Read a completion: plain text that goes on, after a context if one is named."""
@@ -195,7 +200,8 @@ class Service:
                 entry, _ = yield from self.compress(namespace, wanted, None, None, "chat")
                 wanted = entry.entry
             contents.append(wanted)
-        prefix = (yield from self._prefix(contents)).towards(namespace) if contents else None
+        key, prefix = (yield from self._prefix(contents, ask.about)) if contents else ("", None)
+        prefix = prefix and prefix.towards(namespace)
         lead = self.model.config.marker_length if prefix else 0
         span, length = prefix.span if prefix else 0, sum(map(len, ask.pieces)) + lead
         check_positions(self.model, span + length, limit or 1)  # before it is embedded: a long prompt takes much memory
@@ -212,25 +218,39 @@ class Service:
         ids = ask.pieces[0] if ask.pieces and isinstance(ask.pieces[0], list) else []
         row = yield from prefill(self.model, prefix, marker, prompt, limit, sampling, ids)
         if prefix is not None and marker is not None and len(ids) == len(prompt):
-            self.prefixes.follow("+".join(contents), prefix, marker, ids, row)
+            self.prefixes.follow(key, prefix, marker, ids, row)
         read = [*(row.context or ()), *((layer.keys, layer.values) for layer in row.cache.layers)]
         usage.icae.kv_bytes = sum(t.numel() * t.element_size() for pair in read for t in pair)
         return row
 
-    def _prefix(self, contents: list[str]) -> Generator[None, None, Prefix]:
-        """Return contexts as one prefix: from memory if they were asked lately, else, as a piece of its own, from the store."""
-        key = "+".join(contents)
+    def _prefix(self, contents: list[str], about: str) -> Generator[None, None, tuple[str, Prefix]]:
+        """Return contexts as one prefix, and its key: from memory if they were asked lately, else, piece by piece, from the store.
+
+        Contexts of many segments are narrowed to those that the prompt is about.
+        """
+        key, most, tokens, slots = "+".join(contents), self.model.config.focus, None, None
+        ids = self.model.base.encode(about)
+        if ids and 0 < most < sum(map(self.store.catalogue.segments, contents)):
+            slots = self._slots(contents)
+            parts, tokens = slots.split(), slots.tokens
+            numbers = yield from relevant(self.model.reader, parts, ids, most)
+            slots, key = MemorySlots.concatenate([parts[i] for i in numbers]), f"{key}#{','.join(map(str, numbers))}"
         found = self.prefixes.get(key)
         if found is not None:
             for content in contents:
                 self.store.catalogue.touch(content)
-            return found
+            return key, found
+        slots = self._slots(contents) if slots is None else slots
+        check_positions(self.model, slots.span + self.model.config.marker_length, 1)
+        found = self.prefixes.put(key, slots, tokens)
+        yield
+        return key, found
+
+    def _slots(self, contents: list[str]) -> MemorySlots:
+        """Return the slots of stored contexts, joined."""
         slots = MemorySlots.concatenate([self.store.read(c)[0] for c in contents])
         self.model.check(slots)
-        check_positions(self.model, slots.span + self.model.config.marker_length, 1)
-        found = self.prefixes.put(key, slots)
-        yield
-        return found
+        return slots
 
 
 class Speech:

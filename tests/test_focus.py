@@ -1,0 +1,81 @@
+import pytest
+import torch
+from tiny import LINES, make_icae, one_line, random_ids
+
+from icae import focus as room
+from icae.chat import chat_prompt
+from icae.errors import ICAEError
+from icae.focus import asked, chosen, focus, likelihoods
+from icae.objectives import Example, Marker
+from icae.slots import MemorySlots
+
+
+@pytest.fixture
+def model(base, kind):
+    return make_icae(base, kind=kind, stirred=0.05, focus=4)
+
+
+def test_relevance_counts_what_a_segment_makes_likelier_and_nothing_else():
+    likely = torch.full((5, 3), -4.0)
+    likely[1, 0] = likely[3, 1] = -1.0
+    assert chosen(likely, 4) == [3, 1] or chosen(likely, 4) == [1, 3]
+    likely[3, 1] = -0.5
+    assert chosen(likely, 4) == [1, 3] and chosen(likely, 1) == [3]  # the best one last, next to the prompt
+    likely[3, 2] = -90.0
+    assert chosen(likely, 1) == [3]  # one unlikely token is no reason against it
+    likely[1, 0] = -3.0
+    assert chosen(likely, 4) == [3]  # the second best is too far behind
+    assert len(chosen(torch.zeros(6, 2), 4)) == 4 and chosen(torch.zeros(1, 2), 4) == [0]
+
+
+def test_short_contexts_and_empty_prompts_are_left_alone(model):
+    slots = model.compress_ids(random_ids(48))[0]
+    assert len(slots.segments) == 3 and focus(model.reader, slots, [5, 6], 3) is slots and focus(model.reader, slots, [], 1) is slots
+    model.config = model.config.replace(focus=0)
+    assert model.focused(slots, "Who?") is slots
+
+
+def test_long_contexts_are_narrowed_to_whole_segments_at_places_of_their_own(model, monkeypatch):
+    slots, prompt = model.compress_ids(random_ids(90))[0], random_ids(7)[0]
+    parts = slots.split()
+    single = torch.cat([likelihoods(model.reader, [part], prompt) for part in parts])
+    numbers = chosen(single, 2)
+    expected = MemorySlots.concatenate([parts[i] for i in numbers])
+    for together in (1, 4, 100):  # how many are read at once changes nothing
+        monkeypatch.setattr(room, "AT_ONCE", together)
+        found = focus(model.reader, slots, prompt, 2)
+        assert found.segments == expected.segments and torch.equal(found.positions, expected.positions)
+        assert all(torch.equal(t, expected.tensors[name]) for name, t in found.tensors.items())
+
+
+def test_likelihoods_are_those_of_the_prompt_as_a_continuation(model, monkeypatch):
+    part, prompt = model.compress_ids(random_ids(16))[0], random_ids(9)[0]
+    (score,) = model.score([part], [Example([], Marker.LM, [], prompt)])
+    assert torch.equal(likelihoods(model.reader, [part], prompt)[0], -score.nll)
+    monkeypatch.setattr(room, "PROMPT", 4)
+    assert likelihoods(model.reader, [part], prompt).shape == (1, 4)
+
+
+def test_every_way_to_ask_reads_the_same_segments(model):
+    model.config = model.config.replace(focus=1)
+    slots = model.compress_ids(random_ids(60))[0]
+    narrow = model.focused(slots, LINES[3])
+    assert len(narrow.segments) == 1 < len(slots.segments)
+    alone = model.reader.collect([narrow], [chat_prompt(model.base.tokenizer, LINES[3])], Marker.FT, [6])[0]
+    expected = model.base.decode(alone).strip()
+    assert model.answer(slots, LINES[3], max_new_tokens=6) == expected
+    assert model.answers([slots, narrow], [LINES[3]] * 2, max_new_tokens=6) == [expected] * 2
+
+
+def test_a_context_may_be_longer_than_the_base_has_positions(model):
+    slots = model.compress_ids(random_ids(model.base.max_positions + 100))[0]
+    assert model.answer(slots, "Who?", max_new_tokens=4) is not None
+    model.config = model.config.replace(focus=0)
+    with pytest.raises(ICAEError) as error:
+        model.answer(slots, "Who?", max_new_tokens=4)
+    one_line(error.value, "positions")
+
+
+def test_the_user_s_last_two_turns_are_what_is_asked():
+    said = [("system", "s"), ("user", "a"), ("assistant", "x"), ("user", "b"), ("assistant", "y"), ("user", "c")]
+    assert asked([{"role": role, "content": content} for role, content in said]) == "b\nc"
