@@ -121,7 +121,7 @@ def train(config: str, overrides: list[str]) -> Path:
 def evaluate(
     folder: Path, data: str, samples: int | None, seed: int, max_tokens: int, save: Path | None, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Ask the tuned base with the full text, and with nothing."""
+    """Ask the tuned base with the full text (its words free, and kept to the text's as those from slots are), and with nothing."""
     try:
         about = json.loads((folder / ABOUT).read_text())
     except OSError as error:
@@ -136,7 +136,7 @@ def evaluate(
         print(f"{done} of {total}", end="\r", file=sys.stderr)
 
     with fast_linear():
-        results, _ = qa(reader, triples, sides=["text", "none"], max_new_tokens=max_tokens, progress=progress)
+        results, _ = qa(reader, triples, sides=["text", "text_grounded", "none"], max_new_tokens=max_tokens, progress=progress)
     report = {
         "name": "qa-full-text",
         "checkpoint": folder.name,

@@ -29,6 +29,7 @@ LEVELS = {
     "loss": 5,
     "polish": 6,
     "focus": 5,
+    "grounding": 0,
     "model": 8,
     "checkpoint": 9,
     "data": 9,

@@ -206,6 +206,15 @@ def test_long_contexts_are_asked_where_the_question_points(client, model, store,
     assert whole["usage"]["icae"]["slots"] == store.load("a").count  # what goes on is no question
 
 
+def test_answers_are_spelled_as_the_library_spells_them(client, model, store, monkeypatch):
+    free = said(ask(client, context(text=TEXT)))
+    monkeypatch.setattr(model, "config", model.config.replace(grounding=1000))
+    made = client.post("/v1/contexts", json={"text": " ".join(LINES[::-1]), "name": "b"}).json()
+    for _ in range(2):  # from the store, and from memory
+        answer = said(ask(client, context(context_id=made["id"])))
+        assert answer == library(model, store, "b") and answer.strip() in " ".join(LINES[::-1]) and answer != free
+
+
 def templated(model, question):
     assert model.base.tokenizer.chat_template == TEMPLATE
     return model.base.tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)

@@ -1,6 +1,6 @@
 """Where a store's slots lie: one safetensors file a chapter, in a local folder or behind any fsspec URL. Knows no names, no catalogue.
 
-A blob is what `MemorySlots.save` writes, with the chapter's token ids beside the slots. Packing chooses how numbers are kept:
+A blob is what `MemorySlots.save` writes, the chapter's token ids always among it. Packing chooses how numbers are kept:
 
     float32, float16, bfloat16     as they are, in that type
     int8                           whole numbers and a float32 scale for each channel (the largest of the chapter's slots / 127)
@@ -22,7 +22,7 @@ from icae.errors import ICAEError
 from icae.slots import MemorySlots
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
-_IDS, _SCALE = "token_ids", ".scale"
+_SCALE = ".scale"
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -47,18 +47,18 @@ def pack(slots: MemorySlots, ids: list[int], dtype: str) -> MemorySlots:
             tensors[name] = t.to(getattr(torch, dtype))
         if not all(torch.isfinite(tensors[n]).all() for n in (name, name + _SCALE) if n in tensors):
             raise ICAEError(f"the slots' {name} do not fit into {dtype}; store them as bfloat16 or float32")
-    tensors[_IDS] = torch.tensor(ids, dtype=torch.int32)
-    return dataclasses.replace(slots, tensors=tensors)
+    return dataclasses.replace(slots, tensors=tensors, ids=torch.tensor(ids, dtype=torch.int32))
 
 
 def unpack(packed: MemorySlots) -> tuple[MemorySlots, list[int]]:
     """Undo `pack`: the slots (int8 becomes float16) and the token ids."""
     tensors = dict(packed.tensors)
-    ids = tensors.pop(_IDS).tolist()
+    if packed.ids is None:
+        raise KeyError("token_ids")
     for name in [n for n in tensors if n.endswith(_SCALE)]:
         scale, plain = tensors.pop(name), name.removesuffix(_SCALE)
         tensors[plain] = (tensors[plain].float() * scale).to(torch.float16)
-    return dataclasses.replace(packed, tensors=tensors), ids
+    return dataclasses.replace(packed, tensors=tensors), packed.ids.tolist()
 
 
 class Blobs(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Focus, Polish, load_model
+from icae.terminal import Focus, Grounding, Polish, load_model
 
 if TYPE_CHECKING:
     from icae.model import ICAE
@@ -27,6 +27,7 @@ def chat(
     ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file. [default: checkpoint's]")] = None,
     polish: Polish = None,
     focus: Focus = None,
+    grounding: Grounding = None,
     model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
@@ -40,7 +41,7 @@ def chat(
         raise ICAEError(f"max-tokens must be at least 1, got {max_tokens}")
     loaded = MemorySlots.load(context) if context.suffix == ".safetensors" else None
     text = "" if loaded is not None else read_text(context)
-    icae = load_model(model, base, device, polish=polish, focus=focus)
+    icae = load_model(model, base, device, polish=polish, focus=focus, grounding=grounding)
     slots = loaded if loaded is not None else icae.compress(text, ratio=ratio)
     icae.check(slots)
     print(f"{slots.tokens} tokens in {slots.count} slots; /forget begins anew, /quit leaves", file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from icae.terminal import (
     BaseName,
     Device,
     Focus,
+    Grounding,
     Json,
     Model,
     Polish,
@@ -189,6 +190,7 @@ def ask(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     focus: Focus = None,
+    grounding: Grounding = None,
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
@@ -208,7 +210,7 @@ def ask(
         if question is None:
             raise ICAEError('the question is missing: icae ask slots.safetensors "What ...?"')
         prompt = _question(question)
-        loaded, icae = _load_slots(Path(slots), model, base, device, focus)
+        loaded, icae = _load_slots(Path(slots), model, base, device, focus=focus, grounding=grounding)
         asked = icae.focused(loaded, prompt)
         about = {"segments": len(loaded.segments), "segments_asked": len(asked.segments)}
         pieces = icae.stream_answer(asked, prompt, max_new_tokens=max_tokens, sampling=sampling)
@@ -281,12 +283,12 @@ def _question(text: str) -> str:
     return text
 
 
-def _load_slots(path: Path, model: str | None, base: str | None, device: str, focus: int | None = None) -> tuple[Any, ICAE]:
+def _load_slots(path: Path, model: str | None, base: str | None, device: str, **settings: float | None) -> tuple[Any, ICAE]:
     """Return slots and the model to read them; a bad slot file is named before a model is loaded."""
     from icae.slots import MemorySlots
 
     slots = MemorySlots.load(path)
-    return slots, load_model(model, base, device, focus=focus)
+    return slots, load_model(model, base, device, **settings)
 
 
 def _sampling(temperature: float, seed: int) -> Any:

@@ -9,14 +9,24 @@ Shape legend: B rows, K slots of the longest, T prompt tokens of the longest, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from icae.base import Base, cached
 from icae.slots import SlotBatch
+
+
+class Guide(Protocol):
+    """What has a say in which tokens one row generates."""
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return logits (V,) changed."""
+
+    def advance(self, id: int) -> None:
+        """Take note of the token that was chosen."""
 
 
 class Decoder:
@@ -77,6 +87,7 @@ class Decoder:
         seed: int | None = None,
         stop: list[int] | None = None,
         min_new_tokens: int = 0,
+        guides: Sequence[Guide | None] | None = None,
     ) -> Iterator[list[int | None]]:
         """Generate row by row together, a token at a time.
 
@@ -92,6 +103,8 @@ class Decoder:
             Ids that end a row (they are not yielded); none: the base's own.
         min_new_tokens : int
             No row ends before it has as many.
+        guides : sequence of (Guide or None), optional
+            One for each row.
 
         Yields
         ------
@@ -112,12 +125,16 @@ class Decoder:
         while True:
             if made < min_new_tokens:
                 logits[:, list(ends)] = -torch.inf
+            if guides is not None:
+                logits = torch.stack([guided(guides[row], scores) for row, scores in zip(order, logits, strict=True)])
             ids = choose(logits, temperature, top_p, chance)
             made += 1
             step: list[int | None] = [None] * len(alive)
             for row, i in zip(order, ids.tolist(), strict=True):
                 alive[row] = alive[row] and i not in ends
                 step[row] = i if alive[row] else None
+                if alive[row] and guides is not None and (guide := guides[row]) is not None:
+                    guide.advance(i)
             yield step
             alive = [a and made < n for a, n in zip(alive, max_new_tokens, strict=True)]
             if not any(alive):
@@ -185,6 +202,11 @@ class Decoder:
             output_hidden_states=states,
         )
         return output, cache, real
+
+
+def guided(guide: Guide | None, logits: Tensor) -> Tensor:
+    """Return logits (V,) as a guide changes them; none: as they are."""
+    return logits if guide is None else guide.scores(logits)
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator | None) -> Tensor:

@@ -14,6 +14,7 @@ from icae.terminal import (
     BaseName,
     Device,
     Focus,
+    Grounding,
     Json,
     Model,
     Polish,
@@ -103,6 +104,7 @@ def evaluate_qa(
     ratio: Ratio = None,
     polish: Polish = None,
     focus: Focus = None,
+    grounding: Grounding = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -116,7 +118,8 @@ def evaluate_qa(
     from icae.qa import qa
 
     settings = {"sides": [side.strip() for side in sides.split(",")], "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa", qa, data, samples, seed, model, base, device, polish, focus, responses, save, as_json, **settings)
+    loading = {"model": model, "base": base, "device": device, "polish": polish, "focus": focus, "grounding": grounding}
+    _evaluate_qa("qa", qa, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
 @app.command("qa-documents")
@@ -127,6 +130,7 @@ def evaluate_qa_documents(
     ratio: Ratio = None,
     polish: Polish = None,
     focus: Focus = None,
+    grounding: Grounding = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -140,9 +144,8 @@ def evaluate_qa_documents(
     from icae.qa import documents as ask_documents
 
     settings = {"count": documents, "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa(
-        "qa-documents", ask_documents, data, samples, seed, model, base, device, polish, focus, responses, save, as_json, **settings
-    )
+    loading = {"model": model, "base": base, "device": device, "polish": polish, "focus": focus, "grounding": grounding}
+    _evaluate_qa("qa-documents", ask_documents, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
 @app.command("qa-places")
@@ -155,6 +158,7 @@ def evaluate_qa_places(
     ratio: Ratio = None,
     polish: Polish = None,
     focus: Focus = None,
+    grounding: Grounding = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -169,7 +173,8 @@ def evaluate_qa_places(
 
     wanted = [side.strip() for side in sides.split(",")]
     settings = {"length": length, "whole": whole, "sides": wanted, "ratio": ratio, "max_new_tokens": max_tokens}
-    _evaluate_qa("qa-places", places, data, samples, seed, model, base, device, polish, focus, responses, save, as_json, **settings)
+    loading = {"model": model, "base": base, "device": device, "polish": polish, "focus": focus, "grounding": grounding}
+    _evaluate_qa("qa-places", places, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
 def _evaluate(
@@ -211,11 +216,7 @@ def _evaluate_qa(
     data: str,
     samples: int | None,
     seed: int,
-    model: str | None,
-    base: str | None,
-    device: str,
-    polish: int | None,
-    focus: int | None,
+    loading: dict[str, Any],
     responses: Path | None,
     save: Path | None,
     as_json: bool,
@@ -229,7 +230,7 @@ def _evaluate_qa(
     if samples is not None and samples < 1:
         raise ICAEError(f"samples must be at least 1, got {samples}")
     every = load_triples(data)
-    icae = load_model(model, base, device, polish=polish, focus=focus)
+    icae = load_model(**loading)
     with progress("asking", "questions") as tick:
         if name != "qa":  # the others also draw what stands around a context
             settings["seed"] = seed
@@ -241,9 +242,9 @@ def _evaluate_qa(
     if save is not None:
         from icae.report import write_report
 
-        steps = icae.origin_at(settings["ratio"]).polish
-        about = {"data": Path(data).name, "samples": samples, "seed": seed, "polish": steps, "focus": icae.config.focus, **settings}
-        write_report(save, name, _checkpoint_name(model), icae, about, results)
+        asked = {"polish": icae.origin_at(settings["ratio"]).polish, "focus": icae.config.focus, "grounding": icae.config.grounding}
+        about = {"data": Path(data).name, "samples": samples, "seed": seed, **asked, **settings}
+        write_report(save, name, _checkpoint_name(loading["model"]), icae, about, results)
 
     def plain() -> None:
         for name in results:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,6 +24,7 @@ from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.focus import asked, focus
+from icae.grounding import Guide, Vocabulary, Words
 from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
 from icae.polish import default_steps
@@ -235,7 +236,7 @@ class ICAE(nn.Module):
             if progress is not None:
                 progress(len(made), len(rows))
         back = dict(zip(order, made, strict=True))
-        return [back[i] for i in range(len(rows))]
+        return [dataclasses.replace(back[i], ids=torch.tensor(rows[i], dtype=torch.int32)) for i in range(len(rows))]
 
     # ---- reading slots ----
 
@@ -318,12 +319,23 @@ class ICAE(nn.Module):
         return self.answer(None, full_text(text, prompt), max_new_tokens=max_new_tokens, sampling=sampling)
 
     def answers(
-        self, slots: Sequence[MemorySlots] | None, prompts: Sequence[str], *, max_new_tokens: int = 256, sampling: Sampling = GREEDY
+        self,
+        slots: Sequence[MemorySlots] | None,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        words: Sequence[Words | None] | None = None,
     ) -> list[str]:
-        """Respond to several prompts in one batch, each with its own slots; without slots, as the base alone would."""
+        """Respond to several prompts in one batch, each with its own slots; without slots, as the base alone would.
+
+        `words` are what each response is spelled by (`ICAE.words`); none: the slots' own context, and without slots nothing.
+        """
         slots = slots and [self.focused(s, p) for s, p in zip(slots, prompts, strict=True)]
         ids = [chat_prompt(self.base.tokenizer, p) for p in prompts]
-        made = self.reader.collect(slots, ids, None if slots is None else Marker.FT, [max_new_tokens] * len(ids), sampling)
+        words = [self.words(s.ids) for s in slots] if words is None and slots is not None else words
+        guides = None if words is None else [self.guide(w) for w in words]
+        made = self.reader.collect(slots, ids, None if slots is None else Marker.FT, [max_new_tokens] * len(ids), sampling, guides)
         return [self.base.decode(row).strip() for row in made]
 
     def focused(self, slots: MemorySlots, prompt: str, *, history: list[dict[str, str]] | None = None) -> MemorySlots:
@@ -336,6 +348,21 @@ class ICAE(nn.Module):
             return slots
         ids = self.base.encode(asked([*(history or []), {"role": "user", "content": prompt}]))
         return focus(self.reader, slots, ids, self.config.focus)
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        size = self.base.model.get_output_embeddings().weight.shape[0]
+        return Vocabulary.of(self.base.tokenizer, size, self.base.eos_ids)
+
+    def words(self, ids: Tensor | None) -> Words | None:
+        """Return the words of a context's token ids, which answers are spelled by (grounding.py); none where these were not kept."""
+        if ids is None or not self.config.grounding:
+            return None
+        return Words(ids.tolist(), self._vocabulary, lambda word: self.base.encode(self.base.decode(word).strip()))
+
+    def guide(self, words: Words | None) -> Guide | None:
+        """Return what keeps one answer to the words of its context; none without words."""
+        return None if words is None else words.guide(self.config.grounding)
 
     def stream_reconstruction(self, slots: MemorySlots) -> Iterator[str]:
         """Return the text as the decoder reads it back (not refined), piece by piece, one segment after the other."""
@@ -371,15 +398,23 @@ class ICAE(nn.Module):
         """Return a response piece by piece; `history` holds earlier turns as chat messages."""
         marker = None if slots is None else Marker.FT
         slots = slots and self.focused(slots, prompt, history=history)
-        return self._stream(slots, chat_prompt(self.base.tokenizer, prompt, history), marker, max_new_tokens, sampling)
+        guide = None if slots is None else self.guide(self.words(slots.ids))
+        return self._stream(slots, chat_prompt(self.base.tokenizer, prompt, history), marker, max_new_tokens, sampling, guide=guide)
 
     def _stream(
-        self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling, least: int = 0
+        self,
+        slots: MemorySlots | None,
+        prompt: list[int],
+        marker: Marker | None,
+        limit: int,
+        sampling: Sampling,
+        least: int = 0,
+        guide: Guide | None = None,
     ) -> Iterator[str]:
         """Check now, and return what is generated for one row, as text."""
         if slots is not None:
             self.check(slots)
-        return self.reader.text(self.reader.ids(slots, prompt, marker, limit, sampling, least))
+        return self.reader.text(self.reader.ids(slots, prompt, marker, limit, sampling, least, guide))
 
     def score(self, slots: Sequence[MemorySlots] | None, examples: Sequence[Example], *, marked: bool = True) -> list[Score]:
         """Score each example's target, read from its slots or from its own prompt alone (see `Reader.score`)."""

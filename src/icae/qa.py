@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from icae.baselines import cut_off, delete_by_surprise
 from icae.chat import full_text
 from icae.errors import ICAEError
+from icae.grounding import Words
 from icae.metrics import interval, rouge1, token_f1
 from icae.model import ICAE
 from icae.slots import MemorySlots
@@ -21,6 +23,7 @@ from icae.triples import Triple
 
 Progress = Callable[[int, int], None]
 SIDES = ("text", "slots", "none", "cut", "deleted")
+MORE_SIDES = ("slots_free", "slots_read", "text_grounded")
 PLACES = ("start", "middle", "end")
 _FILLERS = 64
 """Different paragraphs that `places` puts around questions, so that their slots are made once."""
@@ -42,7 +45,8 @@ def qa(
     ----------
     sides : sequence of str
         Among `text` (the base with the full text), `slots`, `none` (the question alone), and, with as many tokens as there are slots,
-        `cut` (the text's beginning) and `deleted` (its tokens that surprise the base most).
+        `cut` (the text's beginning) and `deleted` (its tokens that surprise the base most). And for what grounding does (grounding.py):
+        `slots_free` without it, `slots_read` by the text as it is read back from the slots, `text_grounded` the full text with it.
 
     Returns
     -------
@@ -57,26 +61,34 @@ def qa(
     ICAEError
         If a side is unknown.
     """
-    if not sides or not set(sides) <= set(SIDES):
-        raise ICAEError(f"sides must be some of {', '.join(SIDES)}, got {', '.join(sides)}")
+    if not sides or not set(sides) <= {*SIDES, *MORE_SIDES}:
+        raise ICAEError(f"sides must be some of {', '.join([*SIDES, *MORE_SIDES])}, got {', '.join(sides)}")
     base = model.base
     rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
     counts: list[int] = []
     for chosen in _batches([len(t.context) for t in triples], batch_size):
         part = [triples[i] for i in chosen]
         contexts, prompts = [base.encode(t.context) for t in part], [t.prompt for t in part]
-        slots = model.compress_ids(contexts, ratio=ratio) if {"slots", "cut", "deleted"} & set(sides) else []
+        slots = model.compress_ids(contexts, ratio=ratio) if set(sides) - {"text", "none", "text_grounded"} else []
         counts += [s.count for s in slots]
         for side in sides:
             texts: list[str] = []
-            if side == "text":
+            words: list[Words | None] | None = None
+            read = slots if side.startswith("slots") else None
+            if side == "slots_free":
+                words = [None] * len(part)
+            elif side == "slots_read":
+                words = [model.words(torch.tensor(ids)) for ids in model.reconstruct_ids(slots, batch_size=batch_size)]
+            elif side == "text_grounded":
+                words = [model.words(torch.tensor(c)) for c in contexts]
+            if side in ("text", "text_grounded"):
                 texts = [t.context for t in part]
             elif side == "cut":
                 texts = [base.decode(cut_off(c, s.count)) for c, s in zip(contexts, slots, strict=True)]
             elif side == "deleted":
                 texts = [base.decode(delete_by_surprise(base, c, s.count)) for c, s in zip(contexts, slots, strict=True)]
             asked = [full_text(c, p) for c, p in zip(texts, prompts, strict=True)] if texts else prompts
-            made = model.answers(slots if side == "slots" else None, asked, max_new_tokens=max_new_tokens)
+            made = model.answers(read, asked, max_new_tokens=max_new_tokens, words=words)
             for i, response in zip(chosen, made, strict=True):
                 rows[i][side] = response
         if progress is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from icae.config import ICAEConfig
-from icae.decoder import Decoder
+from icae.decoder import Decoder, Guide
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker, collate, padded
 from icae.slots import MemorySlots, SlotBatch
@@ -136,6 +136,7 @@ class Reader:
         limits: list[int],
         sampling: Sampling = GREEDY,
         least: int = 0,
+        guides: Sequence[Guide | None] | None = None,
     ) -> Iterator[list[int | None]]:
         """Read slots, marker and prompts, then generate, a step at a time; without a marker, the prompts alone, as the base reads them.
 
@@ -153,6 +154,8 @@ class Reader:
             How tokens are chosen.
         least : int
             No row ends before it has as many.
+        guides : sequence of (Guide or None), optional
+            What has a say in each row's tokens.
 
         Returns
         -------
@@ -185,6 +188,7 @@ class Reader:
             top_p=sampling.top_p,
             seed=sampling.seed,
             min_new_tokens=least,
+            guides=guides,
         )
 
     def collect(
@@ -194,20 +198,28 @@ class Reader:
         marker: Marker | None,
         limits: list[int],
         sampling: Sampling = GREEDY,
+        guides: Sequence[Guide | None] | None = None,
     ) -> list[list[int]]:
         """Return all that each row generates; parameters as for `generate`."""
         made: list[list[int]] = [[] for _ in prompts]
-        for step in self.generate(slots, prompts, marker, limits, sampling):
+        for step in self.generate(slots, prompts, marker, limits, sampling, guides=guides):
             for row, new in zip(made, step, strict=True):
                 if new is not None:
                     row.append(new)
         return made
 
     def ids(
-        self, slots: MemorySlots | None, prompt: list[int], marker: Marker | None, limit: int, sampling: Sampling = GREEDY, least: int = 0
+        self,
+        slots: MemorySlots | None,
+        prompt: list[int],
+        marker: Marker | None,
+        limit: int,
+        sampling: Sampling = GREEDY,
+        least: int = 0,
+        guide: Guide | None = None,
     ) -> Iterator[int]:
         """Yield what is generated for one row; parameters as for `generate`."""
-        for (new,) in self.generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least):
+        for (new,) in self.generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least, [guide]):
             if new is None:
                 return
             yield new

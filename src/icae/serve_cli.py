@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Focus, Polish, load_model
+from icae.terminal import Focus, Grounding, Polish, load_model
 
 
 def serve(
@@ -22,6 +22,7 @@ def serve(
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
     polish: Polish = None,
     focus: Focus = None,
+    grounding: Grounding = None,
     store: Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")] = None,
     name: Annotated[str | None, typer.Option("--name", help="What the model is called to clients. [default: the checkpoint's]")] = None,
     add_key: Annotated[str | None, typer.Option("--add-key", help="Make an API key of this name, print it once, and exit.")] = None,
@@ -62,7 +63,7 @@ def serve(
 
     checkpoint = find_checkpoint(model)
     kept = SlotStore(folder)
-    icae = load_model(str(checkpoint), base, device, polish=polish, focus=focus)
+    icae = load_model(str(checkpoint), base, device, polish=polish, focus=focus, grounding=grounding)
     hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
     app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=None if open_to_all else keyring, hosts=hosts)
     shutdown = int(limits.shutdown) + 1

@@ -73,6 +73,9 @@ class MemorySlots:
     origin: Origin
     rotations: Tensor | None = None
     """(layers, rotated size / 2) float32: RoPE's angle per position, for tensors named `keys`; none: nothing is rotated."""
+    ids: Tensor | None = None
+    """(tokens,) int32, on the CPU: the context's token ids, kept beside the slots for the spelling of answers alone (grounding.py): no
+    model reads them. none: not kept."""
 
     @property
     def count(self) -> int:
@@ -110,7 +113,7 @@ class MemorySlots:
 
     def split(self) -> list[MemorySlots]:
         """Return one `MemorySlots` a segment, each at the positions it was encoded at."""
-        parts, slot, offset = [], 0, 0
+        parts, slot, token, offset = [], 0, 0, 0
         for s in self.segments:
             here = slice(slot, slot + s.slots)
             part = dataclasses.replace(
@@ -118,9 +121,10 @@ class MemorySlots:
                 tensors={name: t[here] for name, t in self.tensors.items()},
                 positions=self.positions[here],
                 segments=(s,),
+                ids=None if self.ids is None else self.ids[token : token + s.tokens],
             )
             parts.append(part.shifted(-offset) if offset else part)
-            slot, offset = slot + s.slots, offset + s.span
+            slot, token, offset = slot + s.slots, token + s.tokens, offset + s.span
         return parts
 
     @staticmethod
@@ -142,11 +146,13 @@ class MemorySlots:
                     raise ICAEError(f"slots of different {name} cannot be joined: {mine!r} and {theirs!r}; compress both alike")
             moved.append(part.shifted(offset) if offset else part)
             offset += part.span
+        ids = [p.ids for p in parts if p.ids is not None]
         return dataclasses.replace(
             first,
             tensors={name: torch.cat([p.tensors[name] for p in moved]) for name in first.tensors},
             positions=torch.cat([p.positions for p in moved]),
             segments=tuple(s for p in parts for s in p.segments),
+            ids=torch.cat(ids) if len(ids) == len(parts) else None,
         )
 
     def save(self, path: str | Path) -> None:
@@ -163,6 +169,8 @@ class MemorySlots:
         tensors = {**self.tensors, "positions": self.positions}
         if self.rotations is not None:
             tensors["rotations"] = self.rotations
+        if self.ids is not None:
+            tensors["token_ids"] = self.ids
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         about = json.dumps(
             {
@@ -199,9 +207,9 @@ class MemorySlots:
         if about["version"] != FORMAT_VERSION:
             raise ICAEError(f"{path} is of slot format {about['version']}, this version reads {FORMAT_VERSION}; compress again")
         positions = tensors.pop("positions")
-        rotations = tensors.pop("rotations", None)
+        rotations, ids = (tensors.pop(name, None) for name in ("rotations", "token_ids"))
         segments = tuple(Segment(*s) for s in about["segments"])
-        return MemorySlots(tensors, positions, segments, Origin(**about["origin"]), rotations)
+        return MemorySlots(tensors, positions, segments, Origin(**about["origin"]), rotations, ids)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,14 @@ Focus = Annotated[
         show_default=False,
     ),
 ]
+Grounding = Annotated[
+    float | None,
+    typer.Option(
+        "--grounding",
+        help="How strongly an answer keeps to the words of its context; 0: not at all. [default: the checkpoint's; 1]",
+        show_default=False,
+    ),
+]
 Refine = Annotated[
     bool | None,
     typer.Option(
@@ -58,10 +66,10 @@ GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 """Has transformers leave keys and values that several heads share as they are: on CPUs faster, under a mask, than a copy a head."""
 
 
-def load_model(model: str | None, base: str | None, device: str, **settings: int | None) -> ICAE:
+def load_model(model: str | None, base: str | None, device: str, **settings: float | None) -> ICAE:
     """Load a checkpoint, to run with the fastest matrix products there are; errors as for `ICAE.from_pretrained`.
 
-    Settings (`polish`, `focus`) replace the checkpoint's own where they are not none.
+    Settings (`polish`, `focus`, `grounding`) replace the checkpoint's own where they are not none.
     """
     from icae.model import ICAE
     from icae.packed import packed_linear

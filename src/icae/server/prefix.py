@@ -16,7 +16,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from icae.base import cached
+from icae.decoder import Guide
 from icae.errors import ICAEError
+from icae.grounding import Words
 from icae.model import ICAE
 from icae.objectives import Marker
 from icae.reader import Sampling
@@ -51,6 +53,8 @@ class Prefix:
     """Ids of that prompt."""
     followed: Layers = ()
     """Keys and values of marker and prompt, (1, H, marker + prompt, S) in each layer."""
+    words: Words | None = None
+    """What answers are spelled by."""
     reader: str = ""
     """Namespace that it came from: another must not see in its times what was asked."""
 
@@ -91,7 +95,7 @@ class Prefixes:
         with torch.no_grad():
             cache = self.model.decoder.prefix(SlotBatch.pad([slots.to(self.model.base.device)]))
         layers = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
-        made = Prefix(layers, slots.span, slots.tokens if tokens is None else tokens, slots.count)
+        made = Prefix(layers, slots.span, slots.tokens if tokens is None else tokens, slots.count, words=self.model.words(slots.ids))
         self._keep(key, made)
         return made
 
@@ -127,6 +131,7 @@ def prefill(
     limit: int,
     sampling: Sampling,
     ids: Sequence[int] = (),
+    guide: Guide | None = None,
 ) -> Generator[None, None, Row]:
     """Read a prompt after a prefix, at most `PREFILL` tokens at a time.
 
@@ -146,6 +151,8 @@ def prefill(
         How.
     ids : sequence of int
         Those that the prompt begins with: as far as the prefix knows them already, they are not read again.
+    guide : Guide, optional
+        What has a say in the tokens generated.
 
     Yields
     ------
@@ -196,7 +203,7 @@ def prefill(
                 **cached(base.model, cache),
                 logits_to_keep=1,
             )
-    row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids, context)
+    row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids, context, guide)
     row.choose(row.logits)
     return row
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icae.decoder import choose
+from icae.decoder import Guide, choose, guided
 from icae.reader import Sampling
 from icae.server.attention import Layers
 
@@ -38,6 +38,8 @@ class Row:
     """Ids that it has read, as far as they are known: what it says next is guessed from them, too."""
     context: Layers | None = None
     """What it reads before its own columns and shares with all rows that have this very object; none: nothing."""
+    guide: Guide | None = None
+    """Has a say in which tokens it takes."""
     ids: list[int] = field(default_factory=list)
     """Generated so far, without the one that ends it."""
     finished: str | None = None
@@ -51,11 +53,13 @@ class Row:
 
     def choose(self, logits: Tensor) -> None:
         """Take the next token from logits (1, V)."""
-        new = int(choose(logits, self.sampling.temperature, self.sampling.top_p, self.chance))
+        new = int(choose(guided(self.guide, logits), self.sampling.temperature, self.sampling.top_p, self.chance))
         if new in self.ends:
             self.finished = "stop"
             return
         self.ids.append(new)
+        if self.guide is not None:
+            self.guide.advance(new)
         if len(self.ids) >= self.limit:
             self.finished = "length"
 

@@ -216,7 +216,8 @@ class Service:
         if limit is None:
             limit = min(self.limits.max_tokens, self.model.base.max_positions - span - length)
         ids = ask.pieces[0] if ask.pieces and isinstance(ask.pieces[0], list) else []
-        row = yield from prefill(self.model, prefix, marker, prompt, limit, sampling, ids)
+        guide = self.model.guide(prefix.words) if prefix is not None and marker == Marker.FT else None
+        row = yield from prefill(self.model, prefix, marker, prompt, limit, sampling, ids, guide)
         if prefix is not None and marker is not None and len(ids) == len(prompt):
             self.prefixes.follow(key, prefix, marker, ids, row)
         read = [*(row.context or ()), *((layer.keys, layer.values) for layer in row.cache.layers)]
