@@ -69,9 +69,8 @@ class Words:
             self.where.setdefault(i, []).append(at + 1)
         known = torch.zeros_like(vocabulary.inner)
         known[self.ids] = True
-        least = torch.where(vocabulary.marks, ELSEWHERE, torch.inf)
-        self.first = torch.full(known.shape, UNKNOWN).minimum(least)
-        self.later = torch.where(vocabulary.inner, MIDWORD, torch.where(known, ELSEWHERE, UNKNOWN)).minimum(least)
+        lost = torch.where(vocabulary.inner, MIDWORD, torch.where(known, ELSEWHERE, UNKNOWN))
+        self.penalties = torch.where(vocabulary.marks, ELSEWHERE, lost)
 
     def guide(self, strength: float = 1.0) -> Guide:
         """Return a guide for one answer; its penalties are multiplied by `strength`."""
@@ -89,9 +88,10 @@ class Guide:
         """Where the answer may stand in the context: the ids there would go on as it does."""
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Return logits (..., V) less the penalties."""
-        words = self.words
-        penalties = (words.later if self.begun else words.first).clone()
+        """Return logits (..., V) less the penalties; an answer's first token is free, since "Yes" is seldom a word of the text."""
+        if not self.begun:
+            return logits
+        words, penalties = self.words, self.words.penalties.clone()
         penalties[list(self._next())] = 0.0
         penalties[list(words.vocabulary.ends)] = 0.0
         return logits - self.strength * penalties.to(logits.device, logits.dtype)
