@@ -26,6 +26,7 @@ import yaml
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from icae.atomic import write_atomically
 from icae.base import Base, load_base
 from icae.config import ICAEConfig, TrainConfig, read_yaml
 from icae.errors import ICAEError
@@ -34,7 +35,6 @@ from icae.matmul import fast_linear
 from icae.model import ICAE
 from icae.qa import drawn, qa
 from icae.report import commit, machine
-from icae.slots import write_atomically
 from icae.train import make_arguments, make_data, run, starting_config
 from icae.triples import load_triples
 

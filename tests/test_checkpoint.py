@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import LINES, assert_same_slots, make_icae, one_line
 
-import icae.slots
+import icae.atomic
 from icae.checkpoint import find_checkpoint, load_weights, read_config
 from icae.errors import ICAEError
 from icae.model import ICAE
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_leaves_every_older_file_whole(folder, model, tmp_path
 
     changed = make_icae(model.base, stirred=0.2)
     changed.save_pretrained(tmp_path / "changed")
-    monkeypatch.setattr(icae.slots.os, "replace", full)
+    monkeypatch.setattr(icae.atomic.os, "replace", full)
     refused(lambda: changed.save_pretrained(folder), file, "No space left")
     after = {f: (folder / f).read_bytes() for f in FILES}
     assert after[file] == before[file]

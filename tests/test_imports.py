@@ -9,6 +9,7 @@ HOME = Path(icae.__file__).parent
 
 LEVELS = {
     "errors": 0,
+    "atomic": 1,
     "config": 1,
     "segments": 1,
     "fused": 0,
@@ -72,7 +73,7 @@ def test_imports_run_one_way():
 def test_the_two_sides_of_the_slots_do_not_know_each_other():
     assert not {"decoder", "model"} & imports("encoder")
     assert not {"encoder", "segments", "model"} & imports("decoder")
-    assert imports("slots") == {"config", "errors"}
+    assert imports("slots") == {"atomic", "config", "errors"}
     assert imports("segments") == {"errors"}
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import assert_same_slots, one_line, random_slots
 
-import icae.slots
+import icae.atomic
 from icae.errors import ICAEError
 from icae.slots import MemorySlots, SlotBatch, rotated
 
@@ -200,7 +200,7 @@ def test_a_disk_that_fills_leaves_the_old_file_whole(file, monkeypatch, call):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = file.read_bytes()
-    monkeypatch.setattr(icae.slots.os, call, full)
+    monkeypatch.setattr(icae.atomic.os, call, full)
     with pytest.raises(ICAEError) as error:
         random_slots().save(file)
     one_line(error.value, file.name, "No space left on device", "nothing was changed")

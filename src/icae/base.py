@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from icae.chat import end_of_turn, tokenize
 from icae.errors import ICAEError
+from icae.grounding import Vocabulary, Words
 
 EMBEDDED = "smollm2-135m"
 """Name of the default base: SmolLM2-135M-Instruct (Apache-2.0)."""
@@ -111,6 +112,15 @@ class Base:
         config = getattr(self.model.generation_config, "eos_token_id", None)
         ids = config if isinstance(config, list) else [config]
         return sorted({i for i in [self.tokenizer.eos_token_id, end_of_turn(self.tokenizer), *ids] if i is not None})
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        size = self.model.get_output_embeddings().weight.shape[0]
+        return Vocabulary.of(self.tokenizer, size, self.eos_ids)
+
+    def words(self, ids: Sequence[int]) -> Words:
+        """Return the words of a text, given as token ids, for answers that keep to them (grounding.py)."""
+        return Words(ids, self._vocabulary, lambda word: self.encode(self.decode(word).strip()))
 
     def twin(self) -> nn.Module:
         """Return a second module tree over the very same tensors, free to be wrapped while the first stays as published."""

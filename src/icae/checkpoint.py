@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+from icae.atomic import write_together
 from icae.base import Base, load_base
 from icae.config import ICAEConfig
 from icae.errors import ICAEError
-from icae.slots import write_together
 
 if TYPE_CHECKING:
     from icae.model import ICAE

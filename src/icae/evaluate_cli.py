@@ -236,7 +236,7 @@ def _evaluate_qa(
             settings["seed"] = seed
         results, rows = function(icae, drawn(every, samples, seed), progress=tick, **settings)
     if responses is not None:
-        from icae.slots import write_atomically
+        from icae.atomic import write_atomically
 
         write_atomically(responses, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     if save is not None:

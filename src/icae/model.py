@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +24,7 @@ from icae.decoder import Decoder
 from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.focus import asked, focus
-from icae.grounding import Guide, Vocabulary, Words
+from icae.grounding import Guide, Words
 from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
 from icae.polish import default_steps
@@ -349,16 +349,9 @@ class ICAE(nn.Module):
         ids = self.base.encode(asked([*(history or []), {"role": "user", "content": prompt}]))
         return focus(self.reader, slots, ids, self.config.focus)
 
-    @cached_property
-    def _vocabulary(self) -> Vocabulary:
-        size = self.base.model.get_output_embeddings().weight.shape[0]
-        return Vocabulary.of(self.base.tokenizer, size, self.base.eos_ids)
-
     def words(self, ids: Tensor | None) -> Words | None:
         """Return the words of a context's token ids, which answers are spelled by (grounding.py); none where these were not kept."""
-        if ids is None or not self.config.grounding:
-            return None
-        return Words(ids.tolist(), self._vocabulary, lambda word: self.base.encode(self.base.decode(word).strip()))
+        return None if ids is None or not self.config.grounding else self.base.words(ids.tolist())
 
     def guide(self, words: Words | None) -> Guide | None:
         """Return what keeps one answer to the words of its context; none without words."""
@@ -423,23 +416,7 @@ class ICAE(nn.Module):
 
     def check(self, slots: MemorySlots) -> None:
         """Raise `ICAEError` for slots that this model cannot read: of another base, adapter, kind or layout."""
-        mine, theirs = self.origin, slots.origin
-        if theirs.base_fingerprint != mine.base_fingerprint:
-            raise ICAEError(
-                f"these slots were made on base {theirs.base!r} ({theirs.base_fingerprint[:12]}), this model runs "
-                f"{mine.base!r} ({mine.base_fingerprint[:12]}); compress the text again, or load that base"
-            )
-        for name in ("kind", "layout"):
-            if getattr(theirs, name) != getattr(mine, name):
-                raise ICAEError(
-                    f"these slots are of {name} {getattr(theirs, name)!r}, this model reads {getattr(mine, name)!r}; "
-                    "give the checkpoint that made them (--model)"
-                )
-        if theirs.adapter != mine.adapter:
-            raise ICAEError(
-                f"these slots were made by another adapter ({theirs.adapter[:12]}, this is {mine.adapter[:12]}); "
-                "give the checkpoint that made them (--model)"
-            )
+        self.origin.check(slots.origin)
 
 
 def joined(segments: Iterable[list[int]]) -> list[int]:

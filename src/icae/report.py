@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from icae.atomic import write_atomically
 from icae.model import ICAE
-from icae.slots import write_atomically
 
 
 def write_report(path: str | Path, name: str, checkpoint: str, model: ICAE, settings: dict[str, Any], results: Any) -> None:

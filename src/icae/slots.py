@@ -17,8 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +28,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from icae.atomic import write_atomically
 from icae.config import FORMAT_VERSION
 from icae.errors import ICAEError
 
@@ -59,6 +58,25 @@ class Origin:
     """Hash of the adapter's weights."""
     polish: int = 0
     """Gradient steps that they were polished by (polish.py)."""
+
+    def check(self, theirs: Origin) -> None:
+        """Raise `ICAEError` for slots that a model which makes such ones cannot read: of another base, adapter, kind or layout."""
+        if theirs.base_fingerprint != self.base_fingerprint:
+            raise ICAEError(
+                f"these slots were made on base {theirs.base!r} ({theirs.base_fingerprint[:12]}), this model runs "
+                f"{self.base!r} ({self.base_fingerprint[:12]}); compress the text again, or load that base"
+            )
+        for name in ("kind", "layout"):
+            if getattr(theirs, name) != getattr(self, name):
+                raise ICAEError(
+                    f"these slots are of {name} {getattr(theirs, name)!r}, this model reads {getattr(self, name)!r}; "
+                    "give the checkpoint that made them (--model)"
+                )
+        if theirs.adapter != self.adapter:
+            raise ICAEError(
+                f"these slots were made by another adapter ({theirs.adapter[:12]}, this is {self.adapter[:12]}); "
+                "give the checkpoint that made them (--model)"
+            )
 
 
 @dataclass(frozen=True)
@@ -337,38 +355,6 @@ def rotated(keys: Tensor, rotations: Tensor, by: Tensor) -> Tensor:
     a, b, rest = keys[..., :half].float(), keys[..., half : 2 * half].float(), keys[..., 2 * half :]
     turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     return torch.cat([*(t.to(keys.dtype) for t in turned), rest], -1)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that the old content survives any failure; errors as for `write_together`."""
-    write_together({path: data})
-
-
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: all of them to temporary neighbours first, and only then each under its name.
-
-    Raises
-    ------
-    ICAEError
-        If a folder is missing or not writable, or the disk is full; every old file is then as it was.
-    """
-    made: dict[Path, Path] = {}
-    path = next(iter(files))
-    try:
-        for path, data in files.items():
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                made[path] = Path(file.name)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(made[path], 0o644)
-        for path, temporary in made.items():
-            os.replace(temporary, path)
-    except OSError as error:
-        raise ICAEError(f"could not write {path}: {error.strerror or error}; nothing was changed") from error
-    finally:
-        for temporary in made.values():
-            temporary.unlink(missing_ok=True)
 
 
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:

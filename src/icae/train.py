@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from icae.atomic import write_atomically
 from icae.base import Base, load_base
 from icae.callbacks import Clock, StopOnInterrupt
 from icae.checkpoint import find_checkpoint, load_weights, read_config
@@ -29,7 +30,6 @@ from icae.model import ICAE
 from icae.muon import Muon
 from icae.objectives import collate
 from icae.reader import Reader
-from icae.slots import write_atomically
 from icae.triples import Triples, load_pools
 
 

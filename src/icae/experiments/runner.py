@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from icae import __version__
+from icae.atomic import write_together
 from icae.errors import ICAEError
 from icae.experiments import EXPERIMENTS
 from icae.experiments.context import Context
@@ -26,7 +27,6 @@ from icae.experiments.table import Table
 from icae.figures import draw
 from icae.packed import packed_linear
 from icae.report import commit, machine
-from icae.slots import write_together
 
 DONE, KEPT, FAILED = "done", "kept", "failed"
 

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from icae.atomic import write_together
 from icae.errors import ICAEError
 from icae.pwc.filters import refusal
 from icae.pwc.passages import digest, is_test
 from icae.pwc.teachers import Reply, Teacher
-from icae.slots import write_together
 
 _MOST_ALIKE = 20
 """Times that one and the same answer is taken, over all texts: more often it says nothing about any."""

@@ -10,8 +10,8 @@ import secrets
 import time
 from pathlib import Path
 
+from icae.atomic import write_atomically
 from icae.errors import ICAEError
-from icae.slots import write_atomically
 
 
 class Keyring:
