@@ -126,9 +126,11 @@ def answers_table() -> str:
             "|---|---|---|---|---|",
         ]
         for bound in same:
-            lines.append(_reader("the full text, by the base fine-tuned on it", bound["results"], "text", bound["commit"]))
-            share = x["f1_slots"] / bound["results"]["f1_text"]
-            lines.append(f"| slots' share of that | {share:.1%} | {x['rouge1_slots'] / bound['results']['rouge1_text']:.1%} | | |")
+            for side, words in _BOUNDS.items():
+                if f"f1_{side}" in bound["results"]:
+                    lines.append(_reader(words, bound["results"], side, bound["commit"]))
+                    f1, rouge = (x[f"{figure}_slots"] / bound["results"][f"{figure}_{side}"] for figure in ("f1", "rouge1"))
+                    lines.append(f"| slots' share of that | {f1:.1%} | {rouge:.1%} | | |")
         for side, words in _SIDES.items():
             if f"f1_{side}" in x:
                 lines.append(_reader(words, x, side, report["commit"]))
@@ -147,9 +149,16 @@ def answers_table() -> str:
     return "\n".join(lines) or "Not measured yet.\n"
 
 
+_BOUNDS = {
+    "text": "the full text, by the base fine-tuned on it",
+    "text_grounded": "the same, kept to the text's words as the slots' answers are",
+}
 _SIDES = {
     "slots": "**slots**",
+    "slots_read": "slots, words from the text as it is read back from them",
+    "slots_free": "slots, words free",
     "text": "the full text, by the base as published",
+    "text_grounded": "the same, kept to the text's words",
     "cut": "as many tokens as slots: the beginning",
     "deleted": "as many tokens as slots: the most surprising",
     "none": "nothing",

@@ -34,6 +34,7 @@ def run(context: Context, *, samples: int = 100, context_tokens: int = 384, max_
 
 def answer_notes(context: Context) -> list[str]:
     """Return what a reader of answers from slots must know."""
-    if context.checkpoints.get("answers") is not None:
-        return []
+    if (model := context.adapter("answers")) is not None:
+        strength = model.config.grounding
+        return [f"Answers from slots keep to their context's words (grounding {strength:g}); all others are free."] if strength else []
     return ["The adapter was not fine-tuned to answer: no such adapter ships for this base, and none was given (--answers FOLDER)."]
