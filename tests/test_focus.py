@@ -16,16 +16,25 @@ def model(base, kind):
 
 
 def test_relevance_counts_what_a_segment_makes_likelier_and_nothing_else():
-    likely = torch.full((5, 3), -4.0)
-    likely[1, 0] = likely[3, 1] = -1.0
-    assert chosen(likely, 4) == [3, 1] or chosen(likely, 4) == [1, 3]
-    likely[3, 1] = -0.5
-    assert chosen(likely, 4) == [1, 3] and chosen(likely, 1) == [3]  # the best one last, next to the prompt
+    likely, one = torch.full((5, 3), -9.0), [0] * 5
+    likely[1, 0], likely[3, 1] = -4.0, -3.0
+    assert chosen(likely, one, 4) == [1, 3] and chosen(likely, one, 1) == [3]  # the best one last, next to the prompt
     likely[3, 2] = -90.0
-    assert chosen(likely, 1) == [3]  # one unlikely token is no reason against it
+    assert chosen(likely, one, 1) == [3]  # one unlikely token is no reason against it
+    likely[1, 0] = -6.0
+    assert chosen(likely, one, 4) == [3]  # the second best is too far behind
+    assert len(chosen(torch.zeros(6, 2), [0] * 6, 4)) == 4
+
+
+def test_documents_are_left_out_or_read_whole():
+    likely, two = torch.full((4, 2), -9.0), [0, 0, 1, 1]
     likely[1, 0] = -3.0
-    assert chosen(likely, 4) == [3]  # the second best is too far behind
-    assert len(chosen(torch.zeros(6, 2), 4)) == 4 and chosen(torch.zeros(1, 2), 4) == [0]
+    assert chosen(likely, two, 4) == [0, 1]  # the second is six nats behind
+    likely[2, 1] = -7.0
+    assert chosen(likely, two, 4) == [2, 3, 0, 1]  # four, and there is room: the better one stands last
+    assert chosen(likely, two, 3) == [0, 1]  # there is not
+    assert chosen(likely, two, 1) == [1]
+    assert chosen(torch.zeros(3, 2), [0, 1, 2], 4) == [0, 1, 2]  # a request about no place in particular
 
 
 def test_short_contexts_and_empty_prompts_are_left_alone(model):
@@ -39,13 +48,29 @@ def test_long_contexts_are_narrowed_to_whole_segments_at_places_of_their_own(mod
     slots, prompt = model.compress_ids(random_ids(90))[0], random_ids(7)[0]
     parts = slots.split()
     single = torch.cat([likelihoods(model.reader, [part], prompt) for part in parts])
-    numbers = chosen(single, 2)
-    expected = MemorySlots.concatenate([parts[i] for i in numbers])
+    numbers = chosen(single, slots.documents, 2)
+    expected = MemorySlots.concatenate([parts[i] for i in numbers], same=True)
     for together in (1, 4, 100):  # how many are read at once changes nothing
         monkeypatch.setattr(room, "AT_ONCE", together)
         found = focus(model.reader, slots, prompt, 2)
         assert found.segments == expected.segments and torch.equal(found.positions, expected.positions)
         assert all(torch.equal(t, expected.tensors[name]) for name, t in found.tensors.items())
+
+
+def test_joined_documents_are_known_in_memory_and_on_disk(model, tmp_path):
+    one, two = model.compress_ids(random_ids(40, 20))
+    assert one.documents == [0, 0, 0] and MemorySlots.concatenate([two]).documents == [0, 0]
+    both = MemorySlots.concatenate([MemorySlots.concatenate([one, two]), two])
+    assert both.documents == [0, 0, 0, 1, 1, 2, 2]
+    both.save(tmp_path / "both.safetensors")
+    assert MemorySlots.load(tmp_path / "both.safetensors").documents == both.documents
+    assert MemorySlots.concatenate(both.split(), same=True).documents == both.documents
+    prompt = random_ids(7)[0]
+    found = focus(model.reader, MemorySlots.concatenate([one, two]), prompt, 8)  # there is room for all: whole documents
+    kept = [part.tokens for part in found.split()]
+    assert kept in (
+        [s.tokens for s in pieces] for pieces in (one.segments, two.segments, one.segments + two.segments, two.segments + one.segments)
+    )
 
 
 def test_likelihoods_are_those_of_the_prompt_as_a_continuation(model, monkeypatch):

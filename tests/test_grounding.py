@@ -126,3 +126,10 @@ def test_a_bad_strength_is_refused(base):
     with pytest.raises(ICAEError) as error:
         make_icae(base, grounding=-1)
     one_line(error.value, "grounding")
+
+
+def test_every_family_grounds_and_focuses(family_base):
+    model = make_icae(family_base, stirred=0.05, grounding=1, focus=1)
+    slots = model.compress(" ".join(LINES))
+    assert len(slots.segments) > 1 and len(model.focused(slots, "Who?").segments) == 1
+    assert model.answer(slots, "Who?", max_new_tokens=5) == model.answers([slots], ["Who?"], max_new_tokens=5)[0]

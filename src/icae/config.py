@@ -96,7 +96,8 @@ class ICAEConfig(_Config):
         "and another for every four tokens that a slot stands for.",
     )
     focus: int = setting(
-        4, "Segments that a prompt is answered from, at most: of a longer context, those that the prompt is about; 0: always all of them."
+        4,
+        "Segments that a prompt is answered from, at most: of several documents, and of a longer one, those that it is about; 0: all.",
     )
     grounding: float = setting(
         1.0, "How strongly an answer keeps to the words of its context: a factor of what other tokens lose (grounding.py); 0: not at all."

@@ -1,10 +1,11 @@
-"""Which segments of a long context a prompt is about: it is answered from the slots of those alone.
+"""Which documents, and which segments of a long one, a prompt is about: it is answered from the slots of those alone.
 
-    slots of each segment, prompt -> the prompt's likelihood after each -> relevance -> the most relevant segments, best last
+    slots of each segment, prompt -> the prompt's likelihood after each -> relevance -> the most relevant, best last
 
-Slots answer the worse, the more segments there are that the prompt is not about (docs/log.md). The frozen decoder itself tells them apart:
-a question is likelier after the text that answers it (query likelihood, Ponte and Croft, SIGIR 1998, here read from slots). There is no
-index, no further model and nothing to train, and a context may be longer than the base has positions.
+Slots answer the worse, the more segments there are that the prompt is not about (docs/log.md). A document of a few segments is read whole;
+of several documents those are read that matter, and of what is still too long the segments that do. The frozen decoder itself tells them
+apart: a question is likelier after the text that answers it (query likelihood, Ponte and Croft, SIGIR 1998, here read from slots). There
+is no index, no further model and nothing to train, and a context may be longer than the base has positions.
 
 It costs a pass of the prompt, without its template, over the slots of each segment.
 """
@@ -21,7 +22,10 @@ from icae.reader import Reader
 from icae.slots import MemorySlots
 
 SHARE = 0.7
-"""Segments of less than this share of the best one's relevance are left out."""
+"""What has less than this share of the best one's relevance is left out where not all can be read."""
+MARGIN = 5.0
+"""Nats of relevance behind the best one from which a document is left out where all could be read: most questions differ by more between
+two documents, requests that are about no place in particular by less."""
 AT_ONCE = 8
 """Segments that are read together."""
 PROMPT = 64
@@ -42,31 +46,36 @@ def focus(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> M
     prompt : list of int
         Token ids of the prompt itself, without a template.
     most : int
-        Segments to keep, at most; a context of no more stays as it is.
+        Segments to keep, at most; one document of no more stays as it is.
 
     Returns
     -------
     MemorySlots
-        The segments kept, at positions as if they were the whole context, the most relevant one last: next to the prompt.
+        What is kept, at positions as if it were the whole context, the most relevant last: next to the prompt.
     """
-    if len(slots.segments) <= most or not prompt:
+    if not prompt or (len(slots.segments) <= most and not any(slots.documents)):
         return slots
-    parts = slots.split()
-    steps = relevant(reader, parts, prompt, most)
+    steps = relevant(reader, slots, prompt, most)
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            return MemorySlots.concatenate([parts[i] for i in end.value])
+            return selected(slots, end.value)
 
 
-def relevant(reader: Reader, parts: Sequence[MemorySlots], prompt: list[int], most: int) -> Generator[None, None, list[int]]:
+def relevant(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> Generator[None, None, list[int]]:
     """Read a prompt after each segment, a few at a time, so that other work may go between; return the numbers that `chosen` does."""
-    read = []
+    parts, read = slots.split(), []
     for at in range(0, len(parts), AT_ONCE):
         read.append(likelihoods(reader, parts[at : at + AT_ONCE], prompt))
         yield
-    return chosen(torch.cat(read), most)
+    return chosen(torch.cat(read), slots.documents, most)
+
+
+def selected(slots: MemorySlots, numbers: Sequence[int]) -> MemorySlots:
+    """Return some segments' slots, in the order given, at positions as if they were the whole context."""
+    parts = slots.split()
+    return MemorySlots.concatenate([parts[i] for i in numbers], same=True)
 
 
 def asked(turns: Sequence[Mapping[str, str]]) -> str:
@@ -80,12 +89,20 @@ def likelihoods(reader: Reader, parts: Sequence[MemorySlots], prompt: list[int])
     return -torch.stack([score.nll for score in reader.score(parts, [target] * len(parts))])
 
 
-def chosen(likelihoods: Tensor, most: int) -> list[int]:
-    """Return the numbers of the relevant segments, the most relevant last.
+def chosen(likelihoods: Tensor, documents: Sequence[int], most: int) -> list[int]:
+    """Return the numbers of the segments to read, at most so many, the most relevant last.
 
     A segment's relevance is how much likelier than the middle one of them it makes the prompt's tokens, over those where it does: that
-    others make a token likelier says nothing against it.
+    others make a token likelier says nothing against it. A document is as relevant as its best segment.
     """
-    relevance = (likelihoods - likelihoods.median(0).values).clamp(min=0).sum(1)
-    best = relevance.topk(min(most, len(relevance)))
-    return [i for i, r in zip(best.indices.tolist(), best.values.tolist(), strict=True) if r >= SHARE * best.values[0]][::-1]
+    relevance = (likelihoods - likelihoods.median(0).values).clamp(min=0).sum(1).tolist()
+    best, least = max(relevance), SHARE * max(relevance)
+    whole: dict[int, list[int]] = {}
+    for i, document in enumerate(documents):
+        whole.setdefault(document, []).append(i)
+    enough = best - MARGIN if len(documents) <= most else least
+    ranked = sorted((max(relevance[i] for i in rows), rows) for rows in whole.values())
+    numbers = [i for score, rows in ranked if score >= enough for i in rows]
+    if len(numbers) <= most:
+        return numbers
+    return [i for i in sorted(numbers, key=lambda i: relevance[i])[-most:] if relevance[i] >= least]

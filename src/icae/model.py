@@ -210,7 +210,7 @@ class ICAE(nn.Module):
         bounds = [cut(len(ids), self.config.segment_length, ratio) for ids in contexts]
         rows = [ids[a:b] for ids, cuts in zip(contexts, bounds, strict=True) for a, b in cuts]
         made = iter(self.compress_segments(rows, ratio=ratio, polish=polish, batch_size=batch_size, progress=progress))
-        return [MemorySlots.concatenate([next(made) for _ in cuts]) for cuts in bounds]
+        return [MemorySlots.concatenate([next(made) for _ in cuts], same=True) for cuts in bounds]
 
     @torch.no_grad()
     def compress_segments(
@@ -339,7 +339,7 @@ class ICAE(nn.Module):
         return [self.base.decode(row).strip() for row in made]
 
     def focused(self, slots: MemorySlots, prompt: str, *, history: list[dict[str, str]] | None = None) -> MemorySlots:
-        """Return the slots that a prompt is answered from: of a context of more than `config.focus` segments, those that it is about.
+        """Return the slots that a prompt is answered from: those of the segments that it is about, at most `config.focus`.
 
         `answer`, `answers` and `stream_answer` begin with this. Raises `ICAEError` for slots that this model cannot read.
         """

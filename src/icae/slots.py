@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ class Segment:
     """Memory slots that hold them."""
     span: int
     """Positions it takes in the decoder."""
+    opens: bool = field(default=False, compare=False)
+    """A document begins with it, one of several that were joined."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,11 @@ class MemorySlots:
         return sum(s.span for s in self.segments)
 
     @property
+    def documents(self) -> list[int]:
+        """The document that each segment belongs to, counted from 0."""
+        return list(accumulate((s.opens for s in self.segments[1:]), initial=0))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the slots' tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
@@ -146,8 +154,8 @@ class MemorySlots:
         return parts
 
     @staticmethod
-    def concatenate(parts: Sequence[MemorySlots]) -> MemorySlots:
-        """Join the slots of several contexts, or of several segments of one, in order; later ones are shifted.
+    def concatenate(parts: Sequence[MemorySlots], *, same: bool = False) -> MemorySlots:
+        """Join the slots of several contexts, in order; later ones are shifted. If `same`, they are pieces of one context, else documents.
 
         Raises
         ------
@@ -169,7 +177,7 @@ class MemorySlots:
             first,
             tensors={name: torch.cat([p.tensors[name] for p in moved]) for name in first.tensors},
             positions=torch.cat([p.positions for p in moved]),
-            segments=tuple(s for p in parts for s in p.segments),
+            segments=tuple(dataclasses.replace(s, opens=s.opens or not (same or i)) for p in parts for i, s in enumerate(p.segments)),
             ids=torch.cat(ids) if len(ids) == len(parts) else None,
         )
 

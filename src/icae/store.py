@@ -164,7 +164,7 @@ class SlotStore:
                     made += model.compress_segments(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
                     done += len(pieces[at : at + batch_size])
                     yield done, max(done, total)
-                slots = MemorySlots.concatenate(made)
+                slots = MemorySlots.concatenate(made, same=True)
                 size = self.blobs.write(key, pack(slots, row, dtype))
                 fresh[key] = Blob(key, size, slots.tokens, slots.count, len(slots.segments))
             gone = self.catalogue.commit(
@@ -217,7 +217,7 @@ class SlotStore:
         with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as several:  # reading and hashing let other threads run
             read = list(several.map(self._blob, parts))
         self.catalogue.touch(content)
-        return MemorySlots.concatenate([slots for slots, _ in read]), [i for _, ids in read for i in ids]
+        return MemorySlots.concatenate([slots for slots, _ in read], same=True), [i for _, ids in read for i in ids]
 
     def _blob(self, key: str) -> tuple[MemorySlots, list[int]]:
         try:

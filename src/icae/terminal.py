@@ -34,8 +34,8 @@ Focus = Annotated[
     int | None,
     typer.Option(
         "--focus",
-        help="Segments that a question is answered from, at most: of a longer context, those that it is about; 0: all. "
-        "[default: the checkpoint's; 4]",
+        help="Segments that a question is answered from, at most: of several documents, and of a longer one, those that it is about; "
+        "0: all. [default: the checkpoint's; 4]",
         show_default=False,
     ),
 ]

@@ -68,7 +68,7 @@ def run(
         once = list(dict.fromkeys(tuple(p) for cut in cuts.values() for row in cut for p in row))  # the shorter contexts' are the longer's
         made = dict(zip(once, model.compress_segments([list(p) for p in once], polish=0), strict=True))
         for n in lengths:
-            slots = [MemorySlots.concatenate([made[tuple(p)] for p in cut]) for cut in cuts[n]]
+            slots = [MemorySlots.concatenate([made[tuple(p)] for p in cut], same=True) for cut in cuts[n]]
             add("slots", n, from_slots(model, slots, follows), slots[0].count, len(slots[0].segments))
         try:
             whole = one_segment(model, [w[longest - at_once : longest] for w in part])

@@ -20,7 +20,7 @@ from icae.base import Base
 from icae.catalogue import Entry
 from icae.chat import encode, render
 from icae.errors import ICAEError
-from icae.focus import asked, relevant
+from icae.focus import asked, relevant, selected
 from icae.model import ICAE
 from icae.objectives import Example, Marker
 from icae.reader import Sampling
@@ -231,11 +231,10 @@ class Service:
         """
         key, most, tokens, slots = "+".join(contents), self.model.config.focus, None, None
         ids = self.model.base.encode(about)
-        if ids and 0 < most < sum(map(self.store.catalogue.segments, contents)):
+        if ids and most and (len(contents) > 1 or most < self.store.catalogue.segments(key)):
             slots = self._slots(contents)
-            parts, tokens = slots.split(), slots.tokens
-            numbers = yield from relevant(self.model.reader, parts, ids, most)
-            slots, key = MemorySlots.concatenate([parts[i] for i in numbers]), f"{key}#{','.join(map(str, numbers))}"
+            tokens, numbers = slots.tokens, (yield from relevant(self.model.reader, slots, ids, most))
+            slots, key = selected(slots, numbers), f"{key}#{','.join(map(str, numbers))}"
         found = self.prefixes.get(key)
         if found is not None:
             for content in contents:
