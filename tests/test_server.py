@@ -503,6 +503,18 @@ def test_one_key_cannot_read_or_guess_anothers_contexts(guarded, store):
     assert client.get(f"/v1/contexts/{theirs['id']}", headers=keys["ben"]).status_code == 200
 
 
+def test_what_one_key_asked_is_not_ready_for_another(guarded, model, monkeypatch):
+    client, keys, _ = guarded
+    monkeypatch.setattr(model, "config", model.config.replace(focus=2))
+    prefixes, hits = client.app.state.server.service.prefixes, []
+    for name in ("ada", "ada", "ben", "ben"):
+        body = {"messages": [{"role": "user", "content": [context(text=TEXT), {"type": "text", "text": QUESTION}]}], "max_tokens": 2}
+        before = prefixes.hits
+        assert client.post("/v1/chat/completions", json=body, headers=keys[name]).status_code == 200
+        hits.append(prefixes.hits - before)
+    assert hits == [0, 1, 0, 1]
+
+
 def test_keys_are_hashed_at_rest_and_revoked_at_once(guarded):
     client, keys, keyring = guarded
     key = keys["ada"]["Authorization"].removeprefix("Bearer ")

@@ -200,7 +200,7 @@ class Service:
                 entry, _ = yield from self.compress(namespace, wanted, None, None, "chat")
                 wanted = entry.entry
             contents.append(wanted)
-        key, prefix = (yield from self._prefix(contents, ask.about)) if contents else ("", None)
+        key, prefix = (yield from self._prefix(contents, ask.about, namespace)) if contents else ("", None)
         prefix = prefix and prefix.towards(namespace)
         lead = self.model.config.marker_length if prefix else 0
         span, length = prefix.span if prefix else 0, sum(map(len, ask.pieces)) + lead
@@ -224,17 +224,18 @@ class Service:
         usage.icae.kv_bytes = sum(t.numel() * t.element_size() for pair in read for t in pair)
         return row
 
-    def _prefix(self, contents: list[str], about: str) -> Generator[None, None, tuple[str, Prefix]]:
+    def _prefix(self, contents: list[str], about: str, namespace: str) -> Generator[None, None, tuple[str, Prefix]]:
         """Return contexts as one prefix, and its key: from memory if they were asked lately, else, piece by piece, from the store.
 
-        Contexts of many segments are narrowed to those that the prompt is about.
+        Several contexts, and long ones, are narrowed to what the prompt is about; only the same namespace finds that again, since another
+        could tell by its times what was asked.
         """
         key, most, tokens, slots = "+".join(contents), self.model.config.focus, None, None
         ids = self.model.base.encode(about)
         if ids and most and (len(contents) > 1 or most < self.store.catalogue.segments(key)):
             slots = self._slots(contents)
             tokens, numbers = slots.tokens, (yield from relevant(self.model.reader, slots, ids, most))
-            slots, key = selected(slots, numbers), f"{key}#{','.join(map(str, numbers))}"
+            slots, key = selected(slots, numbers), f"{namespace}#{key}#{','.join(map(str, numbers))}"
         found = self.prefixes.get(key)
         if found is not None:
             for content in contents:
