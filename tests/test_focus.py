@@ -92,9 +92,18 @@ def test_every_way_to_ask_reads_the_same_segments(model):
     assert model.answers([slots, narrow], [LINES[3]] * 2, max_new_tokens=6) == [expected] * 2
 
 
+def test_what_was_narrowed_once_stays_as_it_is(model, monkeypatch):
+    """`icae ask` tells how much it asks before it asks."""
+    monkeypatch.setattr(room, "MARGIN", 1000.0)  # all documents stay, in another order perhaps
+    slots = MemorySlots.concatenate(model.compress_ids(random_ids(16, 20, 9)))
+    once = model.focused(slots, "Who?")
+    assert set(slots.documents) == {0, 1, 2} and len(once.segments) == len(slots.segments)
+    assert model.focused(once, "Who?") is once
+
+
 def test_a_context_may_be_longer_than_the_base_has_positions(model):
     slots = model.compress_ids(random_ids(model.base.max_positions + 100))[0]
-    assert model.answer(slots, "Who?", max_new_tokens=4) is not None
+    assert model.answer(slots, "Who?", max_new_tokens=4) == model.answer(model.focused(slots, "Who?"), "Who?", max_new_tokens=4)
     model.config = model.config.replace(focus=0)
     with pytest.raises(ICAEError) as error:
         model.answer(slots, "Who?", max_new_tokens=4)

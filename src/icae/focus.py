@@ -12,6 +12,7 @@ It costs a pass of the prompt, without its template, over the slots of each segm
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 
 import torch
@@ -73,9 +74,10 @@ def relevant(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -
 
 
 def selected(slots: MemorySlots, numbers: Sequence[int]) -> MemorySlots:
-    """Return some segments' slots, in the order given, at positions as if they were the whole context."""
+    """Return some segments' slots, in the order given, at positions as if they were all: one document, never narrowed again."""
     parts = slots.split()
-    return MemorySlots.concatenate([parts[i] for i in numbers], same=True)
+    joined = MemorySlots.concatenate([parts[i] for i in numbers], same=True)
+    return dataclasses.replace(joined, segments=tuple(dataclasses.replace(s, opens=False) for s in joined.segments))
 
 
 def asked(turns: Sequence[Mapping[str, str]]) -> str:

@@ -219,7 +219,8 @@ class Reader:
         guide: Guide | None = None,
     ) -> Iterator[int]:
         """Yield what is generated for one row; parameters as for `generate`."""
-        for (new,) in self.generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least, [guide]):
+        guides = None if guide is None else [guide]
+        for (new,) in self.generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least, guides):
             if new is None:
                 return
             yield new
