@@ -337,7 +337,49 @@ def test_fine_tuning_settings_that_cannot_be_are_refused(settings, config, quest
 
 
 def test_minutes_end_a_run_and_its_schedule_before_its_steps_do(settings, config):
-    folder = train(settings, config, steps=10**6, minutes=0.03, save_steps=10**6)
+    folder = train(settings, config, steps=10**6, minutes=0.08, save_steps=10**6)
     rates = [row["learning_rate"] for row in history(folder) if "loss" in row]
     assert 3 < len(rates) < 10**5
     assert rates[-1] < 0.3 * max(rates)
+
+
+def test_a_run_taken_up_again_has_only_the_minutes_that_are_left(settings, config):
+    folder = train(settings, config, steps=10**6, minutes=0.05, save_steps=10**6, log_steps=1)
+    before = history(folder)[-1]["step"]
+    train(settings, config, steps=10**6, minutes=0.05, save_steps=10**6, log_steps=1)  # nothing is left but the step under way
+    after = [row for row in history(folder) if row["step"] > before and "loss" in row]
+    assert len(after) == 1
+    assert after[0]["learning_rate"] < 0.1 * settings["learning_rate"]
+
+
+TOGETHER = """
+import json, os, sys, time
+import icae.callbacks, icae.train
+from icae.config import ICAEConfig, TrainConfig
+
+class Ahead:  # the second process's clock is a second ahead, of three
+    start = time.monotonic()
+    def monotonic(self):
+        now = time.monotonic()
+        return now + (os.environ["RANK"] == "1" and now > self.start + 1)
+
+icae.callbacks.time = Ahead()
+settings, config = json.loads(sys.argv[1])
+made = []
+trainee = icae.train.Trainee
+icae.train.Trainee = lambda model: made.append(model) or trainee(model)
+icae.train.train(TrainConfig(**settings), ICAEConfig(**config), quiet=True)
+made[0].forget_hash()
+open(settings["output"] + "-" + os.environ["RANK"], "w").write(made[0].origin.adapter)
+"""
+
+
+def test_processes_end_together_as_the_same_model(settings, config, tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    run = [{**settings, "steps": 10**6, "minutes": 0.05, "save_steps": 10**6, "warmup_steps": 0}, config]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(tmp_path / "together.py"), json.dumps(run)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (Path(f"{settings['output']}-{rank}").read_text() for rank in range(2))
+    assert len(one) == 64
+    assert one == two

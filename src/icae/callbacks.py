@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+import torch
+from accelerate.utils import gather
 from transformers import TrainerCallback
 
 from icae.config import TrainConfig
@@ -17,22 +19,29 @@ class Clock(TrainerCallback):
 
     def __init__(self, train: TrainConfig) -> None:
         self.steps, self.minutes = train.steps, train.minutes
-        self.begin: float | None = None
+        self.step = 0
+        """The step that a run is at that takes all its steps in its minutes, as all processes read it before their last update."""
+        self._before = self._begin = 0.0
 
-    def step(self) -> int:
-        """Return the step that a run is at that takes all its steps in its minutes."""
-        if self.minutes is None or self.begin is None:
-            return 0
-        return min(self.steps, int(self.steps * (time.monotonic() - self.begin) / (60 * self.minutes)))
+    def go_on(self, minutes: float) -> None:
+        """Count on from the minutes that the run had spent before it was taken up again."""
+        self._before, self.step = minutes, self._step(minutes)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count."""
-        self.begin = time.monotonic()
+        self._begin = time.monotonic()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the time, once an update."""
+        self.step = agreed(self._step(self._before + (time.monotonic() - self._begin) / 60), args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop, with a checkpoint, where the minutes are over."""
-        if self.step() == self.steps:
+        if self.minutes is not None and self.step == self.steps:
             control.should_save = control.should_training_stop = True
+
+    def _step(self, minutes: float) -> int:
+        return 0 if self.minutes is None else min(self.steps, int(self.steps * minutes / self.minutes))
 
 
 class StopOnInterrupt(TrainerCallback):
@@ -56,11 +65,16 @@ class StopOnInterrupt(TrainerCallback):
         print("stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop, with a checkpoint, where that was asked for."""
-        if self.asked:
+        """Stop, with a checkpoint, where that was asked for, of whichever process."""
+        if agreed(self.asked, args.device):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give Ctrl-C back."""
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+
+
+def agreed(value: int, device: torch.device) -> int:
+    """Return the largest value that any process has: they must take the same rate, and end at the same step."""
+    return int(gather(torch.tensor([value], device=device)).max())

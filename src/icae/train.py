@@ -81,7 +81,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
         raise ICAEError(f"{output} holds checkpoints of another run; name another output, or remove them, to begin afresh")
     if last is not None:
         trainee.check(Path(last))
-        trainer.go_on_counting(Path(last))
+        clock.go_on(trainer.go_on_counting(Path(last)))
     if arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "train_config.json", (json.dumps(train.to_dict(), indent=2) + "\n").encode())
@@ -202,11 +202,12 @@ class ICAETrainer(Trainer):
         minutes = self._before + (time.monotonic() - (self._begin or time.monotonic())) / 60
         super().log({**logs, "context_tokens": self.context_tokens, "minutes": round(minutes, 2)}, *args, **kwargs)
 
-    def go_on_counting(self, checkpoint: Path) -> None:
-        """Take up the counts of a checkpoint's last line in the log; those of the updates behind it are lost."""
+    def go_on_counting(self, checkpoint: Path) -> float:
+        """Take up the counts of a checkpoint's last line in the log, and return its minutes; those of the updates behind it are lost."""
         lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         if lines:
             self.context_tokens, self._before = lines[-1].get("context_tokens", 0), lines[-1].get("minutes", 0.0)
+        return self._before
 
     def get_train_dataloader(self) -> Any:
         """Leave batches on the CPU: the model moves what its passes need, and nothing that is counted has to come back."""
@@ -296,7 +297,7 @@ def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, clock: Clock
     def factor(step: int) -> float:
         return [f for start, f in train.rate_factors if start <= step][-1]
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: named(max(step, clock.step())) * factor(step))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: named(max(step, clock.step)) * factor(step))
 
 
 def make_arguments(train: TrainConfig, quiet: bool) -> TrainingArguments:
