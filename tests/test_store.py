@@ -26,10 +26,10 @@ from icae.store_cli import app
 class Fake:
     """A compressor without a model: a slot holds the mean of its ids, and what was compressed is counted."""
 
-    def __init__(self, segment_length=8, adapter="a"):
+    def __init__(self, segment_length=8, adapter="a", polish=0):
         self.base = SimpleNamespace(encode=lambda text: [ord(c) for c in text], decode=lambda ids: "".join(map(chr, ids)))
         self.config = SimpleNamespace(segment_length=segment_length, ratio=4)
-        self.origin = Origin("embedding", 4, "spread", "fake", "f" * 64, adapter * 64)
+        self.origin = Origin("embedding", 4, "spread", "fake", "f" * 64, adapter * 64, polish)
         self.compressed = 0
 
     def origin_at(self, ratio):
@@ -155,7 +155,7 @@ def test_a_name_that_moves_on_leaves_nothing_behind(store):
     assert [e.name for e in store.entries()] == ["a"]
 
 
-@pytest.mark.parametrize("change", [{"adapter": "b"}, {"segment_length": 16}])
+@pytest.mark.parametrize("change", [{"adapter": "b"}, {"segment_length": 16}, {"polish": 1}])
 def test_another_maker_makes_another_content(store, change):
     one, two = store.add(Fake(), text_of(0), "a"), store.add(Fake(**change), text_of(0), "b")
     assert two.fresh == two.entry.chapters and one.entry.entry != two.entry.entry

@@ -47,10 +47,15 @@ def cut(length: int, segment_length: int, ratio: int = 1) -> list[tuple[int, int
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
+def check_ratio(ratio: int | None) -> None:
+    """Raise `ICAEError` for a compression ratio below 1; none is the checkpoint's own."""
+    if ratio is not None and ratio < 1:
+        raise ICAEError(f"ratio must be at least 1, got {ratio}; 4 keeps about everything, 16 the gist")
+
+
 def slot_count(length: int, ratio: int) -> int:
     """Return k = ceil(length / ratio), the memory slots of a segment of `length` tokens."""
-    if ratio < 1:
-        raise ICAEError(f"ratio must be at least 1, got {ratio}; 4 keeps about everything, 16 the gist")
+    check_ratio(ratio)
     return -(-length // ratio)
 
 
@@ -64,8 +69,6 @@ class Positions:
     """Of the memory tokens, in the encoder."""
     slots: list[int]
     """Of the memory slots, in the decoder."""
-    autoencoding: int
-    """Of the [AE] token, in the decoder; its targets follow it."""
     span: int
     """Of the [LM] or [FT] token, in the decoder; also how far the next segment's positions are shifted."""
 
@@ -73,13 +76,13 @@ class Positions:
 def spread(length: int, ratio: int) -> Positions:
     """Lay memory tokens out inside their own blocks of the context (EPL / UPL, arXiv 2409.14364)."""
     slots = [min(1 + (ratio - 1) // 2 + i * ratio, length) for i in range(slot_count(length, ratio))]
-    return Positions(list(range(1, length + 1)), slots, slots, 0, length)
+    return Positions(list(range(1, length + 1)), slots, slots, length)
 
 
 def appended(length: int, ratio: int) -> Positions:
     """Lay memory tokens out after the context (ICAE, arXiv 2307.06945)."""
     k = slot_count(length, ratio)
-    return Positions(list(range(length)), list(range(length, length + k)), list(range(k)), k, k)
+    return Positions(list(range(length)), list(range(length, length + k)), list(range(k)), k)
 
 
 _LAYOUTS = {"spread": spread, "appended": appended}

@@ -4,7 +4,8 @@
     catalogue.sqlite       names, contents, blobs' sizes and last use (catalogue.py)
     blobs/ab/KEY           slots of one chapter (blobs.py), or behind an fsspec URL
 
-A blob's key is the hash of all that decides its slots: token ids, base, adapter, kind, ratio, layout, segment length, dtype, format.
+A blob's key is the hash of all that decides its slots: token ids, base, adapter, kind, ratio, layout, steps of polishing, segment
+length, dtype, format.
 A content is a list of keys, a name points at a content. Equal chapters are compressed and kept once, whoever asks, under any name.
 """
 
@@ -26,7 +27,7 @@ from icae.catalogue import Blob, Catalogue, Entry
 from icae.chapters import chapters
 from icae.config import FORMAT_VERSION
 from icae.errors import ICAEError
-from icae.segments import cut
+from icae.segments import check_ratio, cut
 from icae.slots import MemorySlots, Origin
 
 ORPHAN_SECONDS = 3600
@@ -147,6 +148,7 @@ class SlotStore:
             raise ICAEError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if name is not None and (not name.strip() or len(name) > 400 or not name.isprintable()):
             raise ICAEError(f"a name has 1 to 400 printable characters, got {name[:40]!r}")
+        check_ratio(ratio)
         length, ratio = model.config.segment_length, model.config.ratio if ratio is None else ratio
         newlines = {i: n for i in set(ids) if (n := model.base.decode([i]).count("\n"))}
         rows = [ids[a:b] for a, b in chapters(ids, length, newlines)]
@@ -299,7 +301,8 @@ class SlotStore:
 
 def blob_key(ids: list[int], about: dict[str, Any]) -> str:
     """Return the key of a chapter's blob: the hash of its token ids and of all that decides what slots they become."""
-    made_by = {name: about[name] for name in ("base_fingerprint", "adapter", "kind", "ratio", "layout", "segment_length", "dtype")}
+    decisive = ("base_fingerprint", "adapter", "kind", "ratio", "layout", "polish", "segment_length", "dtype")
+    made_by = {name: about[name] for name in decisive}
     sha = hashlib.sha256(json.dumps([FORMAT_VERSION, made_by], sort_keys=True).encode())
     sha.update(b"".join(i.to_bytes(4, "little") for i in ids))
     return sha.hexdigest()

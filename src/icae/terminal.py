@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icae.errors import ICAEError
-
 if TYPE_CHECKING:
     from icae.model import ICAE
 
@@ -82,12 +80,6 @@ def load_model(model: str | None, base: str | None, device: str, **settings: flo
     loaded = ICAE.from_pretrained(model, base=base, device=device)
     loaded.config = loaded.config.replace(**{name: value for name, value in settings.items() if value is not None})
     return loaded
-
-
-def check_ratio(ratio: int | None) -> None:
-    """Refuse a ratio below 1, before a model is loaded."""
-    if ratio is not None and ratio < 1:
-        raise ICAEError(f"ratio must be at least 1, got {ratio}; 4 keeps about everything, 16 the gist")
 
 
 def print_results(results: Any, as_json: bool, plain: Callable[[], None]) -> None:
