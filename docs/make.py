@@ -47,13 +47,18 @@ def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _name(parameter: Any) -> str:
-    return ", ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.name.upper().rstrip("_")
+    return (
+        ", ".join([*parameter.opts, *parameter.secondary_opts])
+        if parameter.param_type_name == "option"
+        else parameter.name.upper().rstrip("_")
+    )
 
 
 def _help(parameter: Any) -> str:
     text = " ".join((parameter.help or "").split()).replace("|", "\\|")
     default = parameter.default
-    shown = default not in (None, False, True, ...) and "[default" not in text and not callable(default)
+    unsaid = default is None or default is ... or isinstance(default, bool) or callable(default)
+    shown = not unsaid and "[default" not in text
     return f"{text} [default: {default}]" if shown else text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 
 from icae import cli
 from icae.slots import MemorySlots
@@ -75,7 +76,7 @@ def test_compress_tells_what_it_made(icae, checkpoint, text):
 
 def test_text_comes_from_an_argument_a_file_or_standard_input(icae, checkpoint, text):
     counts = []
-    for source, stdin in ((TEXT, None), (text, None), ("-", TEXT.encode())):
+    for source, stdin in ((TEXT, None), (text, None), ("-", TEXT.encode()), ("-", b"\xef\xbb\xbf" + TEXT.encode())):
         code, out, _ = icae("compress", source, "-o", "s.safetensors", "--model", checkpoint, "--json", stdin=stdin)
         counts.append((code, json.loads(out)["tokens"]))
     assert len(set(counts)) == 1
@@ -223,6 +224,8 @@ def bad_inputs(tmp_path, checkpoint, slots):
     flipped[-9] ^= 1
     (tmp_path / "flipped.safetensors").write_bytes(bytes(flipped))
     (tmp_path / "typo.yaml").write_text("stpes: 3\n")
+    (tmp_path / "half.yaml").write_text("train: x\nmodel: {polish: 1.5}\n")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"input": "The mill grinds grain.", "prompt": "What?", "answer": "grain"}))
     model = ("--model", checkpoint)
     return {
         "empty argument": (("compress", ""), "empty"),
@@ -233,6 +236,12 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "not a text": (("compress", "binary"), "UTF-8"),
         "another encoding": (("compress", "latin.txt"), "UTF-8"),
         "ratio 0": (("compress", TEXT, "--ratio", 0), "ratio must be at least 1"),
+        "ratio 0 in a store": (("store", "add", TEXT, "--ratio", 0), "ratio must be at least 1"),
+        "no documents": (("evaluate", "qa-documents", "--data", "t.jsonl", "--documents", 0, *model), "documents must be at least 1"),
+        "one token of target": (("evaluate", "continuation", "--text", ".", "--target", 1, *model), "target must be at least 2"),
+        "a demo of one token": (("demo", "one.txt", *model), "two tokens"),
+        "half a step": (("pretrain", "half.yaml"), "polish must be a whole number"),
+        "half a ratio": (("pretrain", "model.ratio=4.5"), "ratio must be a whole number"),
         "no checkpoint": (("compress", TEXT, "--model", "./no-such-folder"), "no-such-folder"),
         "no slot file": (("reconstruct", "none.safetensors"), "icae compress"),
         "truncated slots": (("reconstruct", "half.safetensors"), "truncated"),
@@ -272,11 +281,12 @@ def test_every_config_trains(icae, base_folder, config, tmp_path):
         (tmp_path / f"{n}.txt").write_text(" ".join([line] * 6))
     triple = {"input": tiny.LINES[0], "prompt": "Who?", "answer": "The harbour master."}
     (tmp_path / "t.jsonl").write_text((json.dumps(triple) + "\n") * 4)
-    tunes = config.startswith("finetune")
+    tunes = "replay" in yaml.safe_load((ROOT / "configs" / config).read_text())
     data = tmp_path / "t.jsonl" if tunes else tmp_path
     small = ["steps=1", "batch_size=2", "eval_steps=1", "save_steps=1", "eval_samples=2", "windows=[[0, 8]]", f"model.base={base_folder}"]
     small += ["model.lora_rank=2", "init=null", f"train={data}", f"held_out={data}", "output=run"]
-    small += [f"replay={tmp_path}"] if tunes else []
+    small += ["minutes=null", "device=cpu", "bf16=false", "workers=0"]
+    small += [f"replay={tmp_path}", "teacher=null"] if tunes else []
     code, _, err = icae("finetune" if tunes else "pretrain", ROOT / "configs" / config, *small)
     assert code == 0, err
     assert {"config.json", "adapter_model.safetensors", "memory.safetensors", "trainer_state.json"} <= {

@@ -44,7 +44,7 @@ def refused(call, *parts):
 @pytest.mark.parametrize("data", [b"plain\0zero", b"\xff\xfe\x00t", b"\xe9t\xe9", os.urandom(300) + b"\xff"])
 def test_a_file_that_is_no_text_is_refused(tmp_path, data):
     (tmp_path / "a.bin").write_bytes(data)
-    refused(lambda: read_text(tmp_path / "a.bin"), "a.bin", "not a text file in UTF-8")
+    refused(lambda: read_text(tmp_path / "a.bin"), "a.bin", "not a text in UTF-8")
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
@@ -183,7 +183,7 @@ def test_where_the_base_teaches_it_reads_the_context_and_the_cue(base):
         e = data[i]
         context = [t for s in e.segments for t in s]
         taught = e.marker == Marker.LM
-        assert (e.teacher, e.distil, e.first) == ((context + e.prompt, 0.75, 1) if taught else ([], 0, 8))
+        assert (e.teacher, e.distil, e.first) == ((base.lead + context + e.prompt, 0.75, 1) if taught else ([], 0, 8))
         seen.add((taught, bool(e.prompt)))
     assert seen == {(False, False), (True, False), (True, True)}
 

@@ -108,6 +108,14 @@ def test_a_line_cut_short_by_a_kill_is_asked_again_and_a_damaged_one_is_named(tm
     one_line(error.value, "line 1", "judge.jsonl")
 
 
+@pytest.mark.parametrize("choices", [None, []])
+def test_what_is_no_reply_ends_as_a_failure(tmp_path, choices):
+    completions = SimpleNamespace(create=lambda **_: SimpleNamespace(choices=choices))
+    with pytest.raises(ICAEError) as error:
+        judge(tmp_path, SimpleNamespace(chat=SimpleNamespace(completions=completions))).compare("p", [ITEM])
+    one_line(error.value, "the endpoint of 'wise' failed", "0 replies are kept")
+
+
 def test_rivals_answer_from_the_full_text_and_are_kept(tmp_path):
     endpoint = Endpoint("the ferry", "a bell")
     asked = [("The ferry is late.", "What is late?"), ("The bell rang.", "What rang?")]

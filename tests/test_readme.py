@@ -1,5 +1,7 @@
-"""Every command line and Python block of the README is run as it stands, on the shipped adapter (or, where it trains, on a tiny base)."""
+"""Every command line behind a `$` and the Python block of the README are run as they stand, on the shipped adapter (or, where it trains,
+on a tiny base); every other command line of the documents is understood, with all its options and settings."""
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -7,11 +9,20 @@ from pathlib import Path
 
 import pytest
 import tiny
+from typer.main import get_command
 
 from icae import cli
+from icae.config import ICAEConfig, TrainConfig
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ (.+)$", README, re.MULTILINE)
+SHOWN = {
+    line.strip()
+    for page in ("README.md", "docs/finetuning.md", "docs/serving.md")
+    for line in re.findall(
+        r"^(?:\$ | {4})(icae [^|]+?)(?: +#.*)?$", (Path(__file__).parent.parent / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+}
 MANUAL = "The Marlow 40 is a small mill. Fill the brass cup above its main bearing with linseed oil before the first run.\n"
 
 
@@ -54,3 +65,20 @@ def test_the_training_command_of_the_readme_runs_on_another_base(monkeypatch, ca
     line = line.replace("device=cuda bf16=true", "device=cpu steps=1 windows=[[0,8]] held_out=null output=run")
     run(line, monkeypatch, capsys)
     assert Path("run/adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("line", sorted(SHOWN))
+def test_every_command_that_is_shown_is_understood(line):
+    command, (name, *words) = get_command(cli.app), shlex.split(line)
+    while hasattr(command, "commands"):
+        command, (name, *words) = command.commands[words[0]], words
+    settings = command.make_context(name, [word for word in words if word != "..."]).params
+    for setting in settings.get("overrides") or ():
+        setting = setting.partition("=")[0]
+        config, field = (ICAEConfig, setting[6:]) if setting.startswith("model.") else (TrainConfig, setting)
+        assert field in {f.name for f in dataclasses.fields(config)}, setting
+
+
+def test_many_commands_are_shown():
+    assert len(SHOWN) > 30
+    assert any("finetune" in line for line in SHOWN)

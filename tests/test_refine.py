@@ -1,8 +1,10 @@
 import pytest
-from tiny import make_icae, random_ids
+from tiny import make_icae, one_line, random_ids
 
 from icae.blobs import pack, unpack
+from icae.errors import ICAEError
 from icae.refine import TOLERANCE, Plan, Search, _reordered, refine
+from icae.slots import MemorySlots
 
 N = 23
 
@@ -105,6 +107,15 @@ def test_reconstruct_refines_kv_slots_unless_told_not_to(base, monkeypatch):
     assert model.reconstruct(slots, refine=False) != model.base.decode(ids)
     assert not make_icae(base, kind="embedding").refines()
     assert make_icae(base, kind="embedding", memory="mixed", readout="residual").refines()
+
+
+def test_slots_of_two_ratios_are_read_and_not_put_right(base):
+    model = make_icae(base, kind="kv", stirred=0.1, segment_length=24).eval()
+    both = MemorySlots.concatenate([model.compress_ids(random_ids(N), ratio=ratio)[0] for ratio in (4, 8)])
+    assert model.reconstruct(both, refine=False)
+    with pytest.raises(ICAEError) as error:
+        model.reconstruct(both)
+    one_line(error.value, "several ratios", "refine=False")
 
 
 def test_long_blocks_are_reordered_by_one_move_or_one_exchange():

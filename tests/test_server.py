@@ -420,6 +420,13 @@ def test_asking_a_hot_context_counts_as_a_use(client, store, model, monkeypatch)
     assert client.app.state.server.service.prefixes.hits == 2 and used[0] < used[1] < used[2]
 
 
+def test_a_text_that_the_store_cannot_keep_is_refused_and_says_so(model, store):
+    with TestClient(create_app(model, store, limits=Limits(store_bytes=100))) as client:
+        answer = client.post("/v1/contexts", json={"text": LINES[0]})
+    assert answer.status_code == 400 and "store_bytes" in answer.json()["error"]["message"]
+    assert store.entries(None) == []
+
+
 def test_what_the_base_has_no_positions_for_is_refused_before_it_takes_memory(client, store, model, monkeypatch):
     read, embed = [], type(model.base).embed
     monkeypatch.setattr(type(model.base), "embed", lambda self, ids: (read.append(ids.numel()), embed(self, ids))[1])
@@ -513,6 +520,16 @@ def test_what_one_key_asked_is_not_ready_for_another(guarded, model, monkeypatch
         assert client.post("/v1/chat/completions", json=body, headers=keys[name]).status_code == 200
         hits.append(prefixes.hits - before)
     assert hits == [0, 1, 0, 1]
+
+
+def test_a_long_context_is_read_from_the_store_once_whatever_is_asked(client, model, store, monkeypatch):
+    monkeypatch.setattr(model, "config", model.config.replace(focus=2))
+    read, real = [], store.read
+    monkeypatch.setattr(store, "read", lambda content: read.append(content) or real(content))
+    for question in (QUESTION, "Where does the bell hang?", "Who rings it?"):
+        assert ask(client, context(text=TEXT), question=question).status_code == 200
+    assert len(read) == 1
+    assert client.app.state.server.service.whole.bytes > 0
 
 
 def test_keys_are_hashed_at_rest_and_revoked_at_once(guarded):

@@ -10,13 +10,13 @@ from pathlib import Path
 from icae.errors import ICAEError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write `data` to `path` so that the old content survives any failure; errors as for `write_together`."""
-    write_together({path: data})
+    write_together({path: data}, mode=mode)
 
 
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: all of them to temporary neighbours first, and only then each under its name.
+def write_together(files: Mapping[Path, bytes], *, mode: int = 0o644) -> None:
+    """Write files that belong together: all of them to temporary neighbours first, and only then each under its name, under `mode`.
 
     Raises
     ------
@@ -32,7 +32,7 @@ def write_together(files: Mapping[Path, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(made[path], 0o644)
+            os.chmod(made[path], mode)
         for path, temporary in made.items():
             os.replace(temporary, path)
     except OSError as error:

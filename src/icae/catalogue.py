@@ -229,14 +229,12 @@ class Catalogue:
                 self._drop_unnamed(db)
         return gone
 
-    def disown(self, key: str) -> list[tuple[str, str]]:
-        """Drop every content that has the blob `key`; return the names that went."""
+    def disown(self, key: str) -> None:
+        """Drop every content that has the blob `key`, with its names."""
         with self._writing() as db:
             having = "SELECT entry FROM parts WHERE blob = ?"
-            gone = db.execute(f"SELECT namespace, name FROM names WHERE entry IN ({having})", (key,)).fetchall()
             db.execute(f"DELETE FROM names WHERE entry IN ({having})", (key,))
             self._drop_unnamed(db)
-            return gone
 
     def sweep(self, remove: Callable[[str], None], orphans: Iterable[str] = ()) -> int:
         """Delete files that no row lists: those of dropped contents, and those of `orphans` that are none's; return how many."""

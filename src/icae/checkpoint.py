@@ -193,5 +193,5 @@ def _plain_card(config: ICAEConfig) -> str:
     return (
         f"---\nlibrary_name: icae\nbase_model: {config.base}\ntags: [icae, context-compression]\n---\n\n"
         f"# ICAE adapter: {config.kind} slots, {config.ratio}x, for {config.base}\n\n"
-        "An In-context Autoencoder (arXiv 2307.06945). `icae evaluate --model FOLDER` measures it.\n"
+        "An In-context Autoencoder (arXiv 2307.06945). `icae evaluate autoencoding --text TEXTS --model FOLDER` measures it.\n"
     )

@@ -15,6 +15,7 @@ import typer
 
 from icae import chat_cli, data_cli, evaluate_cli, reproduce_cli, serve_cli, store_cli, train_cli
 from icae.errors import ICAEError
+from icae.segments import check_ratio
 from icae.terminal import (
     BaseName,
     Device,
@@ -26,7 +27,6 @@ from icae.terminal import (
     Ratio,
     Refine,
     Seed,
-    check_ratio,
     lent,
     load_model,
     print_results,
@@ -257,17 +257,14 @@ def _text(source: str, *, literal: bool = True) -> str:
     ICAEError
         If it is empty, or looks like the path of a file that is not there.
     """
-    from icae.data import read_text
+    from icae.data import decoded, read_text
 
     if not source.strip():
         text = ""
     elif source == "-":
         if sys.stdin.isatty():
             say("reading standard input, until Ctrl-D ...")
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ICAEError(f"standard input is not text in UTF-8 ({error})") from error
+        text = decoded(sys.stdin.buffer.read(), "standard input")
     elif not literal or os.path.exists(source) or not any(c.isspace() for c in source):
         text = read_text(source)
     else:

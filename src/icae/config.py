@@ -50,13 +50,11 @@ class _Config:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"
                 raise ICAEError(f"unknown setting {key!r} in {cls.__name__}{hint}")
-        numbers = {f.name: {"int": int, "float": float}[str(f.type)] for f in dataclasses.fields(cls) if str(f.type) in ("int", "float")}  # type: ignore[arg-type]
         values = dict(values)
-        for name, kind in numbers.items():
-            try:  # YAML reads 1e-3 as a string
-                values[name] = kind(values[name]) if name in values else getattr(cls, name)
-            except (TypeError, ValueError):
-                raise ICAEError(f"{name} must be a number, got {values[name]!r}") from None
+        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+            kind, _, other = str(f.type).partition(" | ")
+            if f.name in values and kind in ("int", "float") and other in ("", "None") and not (other and values[f.name] is None):
+                values[f.name] = _number(f.name, values[f.name], whole=kind == "int")
         try:
             return cls(**values)
         except TypeError as error:
@@ -69,6 +67,19 @@ class _Config:
     def replace(self, **changes: Any) -> Self:
         """Return a copy with `changes`, checked again."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+def _number(name: str, value: Any, *, whole: bool) -> int | float:
+    """Return a setting as a number; YAML reads 1e-3 as a string."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ICAEError(f"{name} must be a number, got {value!r}") from None
+    if not whole:
+        return number
+    if not number.is_integer():
+        raise ICAEError(f"{name} must be a whole number, got {value!r}")
+    return int(number)
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

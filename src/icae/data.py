@@ -41,12 +41,17 @@ def read_text(path: str | Path) -> str:
         raise ICAEError(f"no file at {path}") from error
     except OSError as error:
         raise ICAEError(f"could not read {path}: {error.strerror}") from error
+    return decoded(data, str(path))
+
+
+def decoded(data: bytes, source: str) -> str:
+    """Return bytes as text, without the mark that some editors put first; raises `ICAEError`, with `source`, if they are none in UTF-8."""
     try:
         if b"\0" in data:
             raise ValueError("it has zero bytes")
         return data.decode("utf-8-sig")
     except ValueError as error:
-        raise ICAEError(f"{path} is not a text file in UTF-8 ({error}); convert it to plain text first") from error
+        raise ICAEError(f"{source} is not a text in UTF-8 ({error}); convert it to plain text first") from error
 
 
 def documents(source: str, text_field: str = "text") -> Iterator[str]:
@@ -229,7 +234,7 @@ class Windows(Dataset):
                 example = recall(context, begin, t.recall_cue, target // 2, piece, ratio)
             else:
                 example = continuation(context, following, piece, t.continuation_unscored, ratio)
-            example = replace(example, teacher=context + example.prompt, distil=t.continuation_distil, align=t.align)
+            example = replace(example, teacher=self.base.lead + context + example.prompt, distil=t.continuation_distil, align=t.align)
         return replace(example, ratio=drawn)
 
 

@@ -71,7 +71,7 @@ def run(
         back, refining = refined.ids, {"refine": {"verified": refined.verified, **cost}}
     again = model.base.decode(back)
     progress("continuing ...")
-    more, continued = _timed(lambda: model.continue_text(slots, max_new_tokens=CONTINUATION_TOKENS))
+    more, continued = _timed(lambda: _tried(lambda: model.continue_text(slots, max_new_tokens=CONTINUATION_TOKENS)))
     asked = []
     for question in questions:
         progress(f"asking: {question}")
@@ -82,7 +82,7 @@ def run(
         }
         answers = {}
         for name, side in sides.items():
-            answer, cost = _timed(side)
+            answer, cost = _timed(lambda side=side: _tried(side))  # type: ignore[misc]
             answers[name] = {"answer": answer, **cost}
         asked.append({"question": question, **answers})
     return {
@@ -160,12 +160,17 @@ def marked(original: str, again: str) -> list[tuple[list[tuple[str, str]], list[
     return rows
 
 
+def _tried(step: Callable[[], str]) -> str:
+    """Return what a step says, or why it cannot: a text may be too long for one step, and fit the others."""
+    try:
+        return step()
+    except ICAEError as error:
+        return f"({error})"
+
+
 def _timed(step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     begin = time.perf_counter()
-    try:
-        value = step()
-    except ICAEError as error:  # a text may be too long for one step, and fit the others
-        value = f"({error})"
+    value = step()
     return value, {"seconds": time.perf_counter() - begin, "memory_mb": peak_memory_mb()}
 
 

@@ -128,7 +128,14 @@ def continuation(
     dict
         `ppl_text`, `ppl_slots`, `ppl_none`, and `slots_over_text`, over the same tokens: all of the target but its first, which from
         nothing could only be guessed.
+
+    Raises
+    ------
+    ICAEError
+        If `target` is below 2, or the corpus has no text as long as context and target.
     """
+    if target < 2:
+        raise ICAEError(f"target must be at least 2, got {target}: its first token is not scored")
     chance = np.random.default_rng([seed, length, target])
     lead = model.base.lead
     nll: dict[str, list[float]] = {"text": [], "slots": [], "none": []}

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from icae.errors import ICAEError
+from icae.segments import check_ratio
 from icae.terminal import (
     BaseName,
     Device,
@@ -21,7 +22,6 @@ from icae.terminal import (
     Ratio,
     Refine,
     Seed,
-    check_ratio,
     load_model,
     print_results,
     print_table,

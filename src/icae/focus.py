@@ -66,17 +66,16 @@ def focus(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> M
 
 def relevant(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> Generator[None, None, list[int]]:
     """Read a prompt after each segment, a few at a time, so that other work may go between; return the numbers that `chosen` does."""
-    parts, read = slots.split(), []
-    for at in range(0, len(parts), AT_ONCE):
-        read.append(likelihoods(reader, parts[at : at + AT_ONCE], prompt))
+    numbers, read = range(len(slots.segments)), []
+    for at in range(0, len(numbers), AT_ONCE):
+        read.append(likelihoods(reader, [slots.segment(i) for i in numbers[at : at + AT_ONCE]], prompt))
         yield
     return chosen(torch.cat(read), slots.documents, most)
 
 
 def selected(slots: MemorySlots, numbers: Sequence[int]) -> MemorySlots:
     """Return some segments' slots, in the order given, at positions as if they were all: one document, never narrowed again."""
-    parts = slots.split()
-    joined = MemorySlots.concatenate([parts[i] for i in numbers], same=True)
+    joined = MemorySlots.concatenate([slots.segment(i) for i in numbers], same=True)
     return dataclasses.replace(joined, segments=tuple(dataclasses.replace(s, opens=False) for s in joined.segments))
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from icae.chat import full_text
+from icae.endpoint import connect, reply
 from icae.errors import ICAEError
 
 PROMPT = """Two assistants were given a text and an instruction about it. Compare their answers.
@@ -77,7 +77,7 @@ class Judge:
     def __init__(self, model: str, record: str | Path, *, url: str | None = None, client: Any = None):
         self.model = model
         self.record = Path(record)
-        self._client = client or _client(url)
+        self._client = client or connect(url, purpose="judging", extra="judge", instead="give --judge-url")
         self._known = _read(self.record)
 
     def compare(self, name: str, items: Sequence[Item], progress: Callable[[int, int], None] = lambda *_: None) -> tuple[list[int], int]:
@@ -121,14 +121,10 @@ class Judge:
         """Return the endpoint's reply, from the record where it was asked before."""
         key = hashlib.sha256(json.dumps([model, messages, max_tokens]).encode()).hexdigest()[:32]
         if key not in self._known:
-            import openai
-
             try:
-                reply = self._client.chat.completions.create(model=model, messages=messages, max_tokens=max_tokens, temperature=0)
-                text = reply.choices[0].message.content or ""
-            except (openai.OpenAIError, IndexError, AttributeError) as error:
-                kept = f"{len(self._known)} replies are kept in {self.record}, run again to go on"
-                raise ICAEError(f"the endpoint of {model!r} failed: {' '.join(str(error).split())}; {kept}") from error
+                text = reply(self._client, model, messages, max_tokens=max_tokens, temperature=0)[0]
+            except ICAEError as error:
+                raise ICAEError(f"{error}; {len(self._known)} replies are kept in {self.record}, run again to go on") from error
             row = {"key": key, "model": model, **about, "messages": messages, "max_tokens": max_tokens, "reply": text}
             try:
                 self.record.parent.mkdir(parents=True, exist_ok=True)
@@ -156,17 +152,6 @@ def agreement(plain: int | None, swapped: int | None) -> int:
 def _message(item: Item, swapped: bool) -> dict[str, str]:
     first, second = (item.second, item.first) if swapped else (item.first, item.second)
     return {"role": "user", "content": PROMPT.format(context=item.context, prompt=item.prompt, first=first, second=second)}
-
-
-def _client(url: str | None) -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ICAEError("judging needs the openai package: pip install 'icae[judge]'") from error
-    try:
-        return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or ("none" if url else None), max_retries=5)
-    except openai.OpenAIError as error:
-        raise ICAEError("no endpoint to judge: set OPENAI_API_KEY, or give --judge-url") from error
 
 
 def _read(record: Path) -> dict[str, str]:

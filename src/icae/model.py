@@ -31,7 +31,7 @@ from icae.polish import default_steps
 from icae.polish import polish as polished
 from icae.reader import GREEDY, Reader, Sampling, Score
 from icae.refine import Refined, refine, tolerance
-from icae.segments import alike, cut
+from icae.segments import alike, check_ratio, cut, slot_count
 from icae.slots import MemorySlots, Origin, SlotBatch
 
 Slots = MemorySlots | Sequence[MemorySlots]
@@ -202,8 +202,7 @@ class ICAE(nn.Module):
             If a context has fewer than two tokens, the ratio is below 1, or `polish` below 0.
         """
         ratio = self.config.ratio if ratio is None else ratio
-        if ratio < 1:
-            raise ICAEError(f"ratio must be at least 1, got {ratio}; 4 keeps about everything, 16 the gist")
+        check_ratio(ratio)
         for ids in contexts:
             if len(ids) < 2:
                 raise ICAEError(f"a context needs at least two tokens, this one has {len(ids)}; give a longer text")
@@ -291,6 +290,11 @@ class ICAE(nn.Module):
             What `read_segments` gave back.
         progress : callable, optional
             Called with (segments done, segments in all).
+
+        Raises
+        ------
+        ICAEError
+            For slots that this model cannot read, or of several ratios joined.
         """
         for s in slots:
             self.check(s)
@@ -299,6 +303,10 @@ class ICAE(nn.Module):
         for s, rows in zip(slots, read, strict=True):
             segments = []
             for part, row in zip(s.to(self.base.device).split(), rows, strict=True):
+                if part.count != slot_count(part.tokens, part.origin.ratio):
+                    raise ICAEError(
+                        "slots of several ratios were joined; put each right before that, or give them back as read (refine=False)"
+                    )
                 segments.append(refine(self.encoder, part, row, partial(self.reader.choices, part)))
                 done += 1
                 if progress is not None:

@@ -121,8 +121,10 @@ def documents(
     Raises
     ------
     ICAEError
-        If the triples have fewer different contexts than documents are asked for.
+        If the triples have fewer different contexts than documents are asked for, or these are none.
     """
+    if count < 1:
+        raise ICAEError(f"documents must be at least 1, got {count}; 2 asks one of two")
     chance = np.random.default_rng([seed, 5])
     mixed = []
     for t in triples:

@@ -139,19 +139,21 @@ class MemorySlots:
 
     def split(self) -> list[MemorySlots]:
         """Return one `MemorySlots` a segment, each at the positions it was encoded at."""
-        parts, slot, token, offset = [], 0, 0, 0
-        for s in self.segments:
-            here = slice(slot, slot + s.slots)
-            part = dataclasses.replace(
-                self,
-                tensors={name: t[here] for name, t in self.tensors.items()},
-                positions=self.positions[here],
-                segments=(s,),
-                ids=None if self.ids is None else self.ids[token : token + s.tokens],
-            )
-            parts.append(part.shifted(-offset) if offset else part)
-            slot, token, offset = slot + s.slots, token + s.tokens, offset + s.span
-        return parts
+        return [self.segment(number) for number in range(len(self.segments))]
+
+    def segment(self, number: int) -> MemorySlots:
+        """Return the slots of one segment, at the positions it was encoded at."""
+        before, this = self.segments[:number], self.segments[number]
+        slot, token, offset = (sum(getattr(s, name) for s in before) for name in ("slots", "tokens", "span"))
+        here = slice(slot, slot + this.slots)
+        part = dataclasses.replace(
+            self,
+            tensors={name: t[here] for name, t in self.tensors.items()},
+            positions=self.positions[here],
+            segments=(this,),
+            ids=None if self.ids is None else self.ids[token : token + this.tokens],
+        )
+        return part.shifted(-offset) if offset else part
 
     @staticmethod
     def concatenate(parts: Sequence[MemorySlots], *, same: bool = False) -> MemorySlots:

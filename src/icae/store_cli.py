@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from icae.errors import ICAEError
+from icae.segments import check_ratio
 from icae.terminal import Json, Polish, load_model, progress
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Compress texts into the store; what is there unchanged is not compressed again."""
+    check_ratio(ratio)
     texts = list(_texts(sources))
     if name is not None:
         if len(texts) != 1:
@@ -181,14 +183,11 @@ def _open(folder: Path | None, blobs: str | None = None, *, make: bool = False) 
 
 def _texts(sources: list[str]) -> Iterator[tuple[str, str, str]]:
     """Yield (name, source, text) of every file that `sources` name, folders looked through for texts."""
-    from icae.data import read_text
+    from icae.data import decoded, read_text
 
     for source in sources:
         if source == "-":
-            try:
-                text = sys.stdin.buffer.read().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ICAEError(f"standard input is not text in UTF-8 ({error})") from error
+            text = decoded(sys.stdin.buffer.read(), "standard input")
             yield "stdin", "standard input", _filled(text, "standard input")
         elif Path(source).is_dir():
             files = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in _TEXTS and p.is_file())

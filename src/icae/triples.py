@@ -145,12 +145,22 @@ class Pool:
             groups.setdefault(triple.context, []).append(triple)
         return list(groups.values())
 
+    @cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        """The order of the latest epochs, by number."""
+        return {}
+
     def triple(self, turn: int, prompts: int, chance: Callable[[int], np.random.Generator]) -> Triple:
         """Return the triple whose turn it is: `prompts` of a context in a row, each epoch's contexts in an order of its own."""
-        groups = self.contexts if prompts > 1 else [[t] for t in self.triples]
+        count = len(self.contexts) if prompts > 1 else len(self.triples)
         turn, nth = divmod(turn, prompts)
-        epoch, place = divmod(turn, len(groups))
-        first, *others = groups[int(chance(epoch).permutation(len(groups))[place])]
+        epoch, place = divmod(turn, count)
+        if epoch not in self._orders:
+            while len(self._orders) > 1:  # a batch may lie in two epochs
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = chance(epoch).permutation(count)
+        drawn = int(self._orders[epoch][place])
+        first, *others = self.contexts[drawn] if prompts > 1 else [self.triples[drawn]]
         return others[(epoch * (prompts - 1) + nth - 1) % len(others)] if nth and others else first
 
 

@@ -2,7 +2,7 @@
 
 Both sides generate greedily by the same `Decoder.generate`, never stopping early. They alternate (text, slots, text, slots, ...) so that a
 machine that slows down slows both, after one short turn each that is not counted; medians are quoted, and the ratio of medians. Slots are
-as the encoder writes them: what polishing adds is its steps, each one and a half times what the encoder takes.
+as the encoder writes them: what polishing adds is its steps, each about twice what the encoder takes.
 """
 
 from __future__ import annotations

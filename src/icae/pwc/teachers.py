@@ -5,7 +5,6 @@ texts -> (which text, Reply), as soon as each is there
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,6 +16,7 @@ import torch
 from icae.base import Base, cached
 from icae.chat import chat_prompt, full_text
 from icae.decoder import Decoder
+from icae.endpoint import connect, reply
 from icae.errors import ICAEError
 from icae.objectives import padded
 from icae.pwc.prompts import BRIEFLY, Prompt, plan, question, replied, request
@@ -189,7 +189,9 @@ class EndpointTeacher:
     ):
         self.model, self.max_tokens, self.temperature, self.together = model, max_tokens, temperature, together
         self.name = f"{model}, temperature {temperature:g}"
-        self._client = client or _client(url)
+        self._client = client or connect(
+            url, purpose="an endpoint as teacher", extra="data", instead="give --url; --teacher base needs neither"
+        )
 
     def most(self, text: str) -> int:
         """Return the tokens that asking about a text may cost at most, a token being no shorter than two bytes of UTF-8 as a rule."""
@@ -209,18 +211,9 @@ class EndpointTeacher:
             raise failure
 
     def _ask(self, text: str) -> Reply:
-        import openai
-
-        messages: Any = [{"role": "user", "content": request(text)}]
-        try:
-            reply = self._client.chat.completions.create(
-                model=self.model, messages=messages, max_tokens=self.max_tokens, temperature=self.temperature
-            )
-            choice = reply.choices[0]
-            words = choice.message.content or ""
-        except (openai.OpenAIError, IndexError, AttributeError) as error:
-            raise ICAEError(f"the endpoint of {self.model!r} failed: {' '.join(str(error).split())}") from error
-        tokens = reply.usage.total_tokens if reply.usage else self.most(text)
+        messages = [{"role": "user", "content": request(text)}]
+        words, choice, usage = reply(self._client, self.model, messages, max_tokens=self.max_tokens, temperature=self.temperature)
+        tokens = usage.total_tokens if usage else self.most(text)
         rows = replied(words if choice.finish_reason != "length" else words[: words.rfind("}") + 1] + "]")
         return Reply([Said(*row, ended=True) for row in rows], tokens, "" if rows else words)
 
@@ -230,17 +223,6 @@ def said_of(prompt: Prompt, words: str, ended: bool) -> Said:
     if not ended and prompt.kind == "continue" and (whole := re.match(r".*[.!?][\"'”’]?(?=\s|$)", words, re.DOTALL)):
         words, ended = whole[0], True
     return Said(prompt.kind, prompt.text, words, ended)
-
-
-def _client(url: str | None) -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ICAEError("an endpoint as teacher needs the openai package: pip install 'icae[data]'") from error
-    try:
-        return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or ("none" if url else None), max_retries=5)
-    except openai.OpenAIError as error:
-        raise ICAEError("no endpoint to ask: set OPENAI_API_KEY, or give --url; --teacher base needs neither") from error
 
 
 def _same(a: Sequence[int], b: Sequence[int]) -> int:

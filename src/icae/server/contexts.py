@@ -12,6 +12,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from icae.catalogue import Entry
+from icae.data import decoded
+from icae.errors import ICAEError
 from icae.server.door import ERRORS, Refused, Tenant, next_event, server_of
 from icae.server.schemas import Context, ContextList, ContextRequest, Deleted, Reading
 
@@ -57,19 +59,19 @@ async def _context_request(request: Request) -> ContextRequest:
         if kind == "application/json":
             return ContextRequest.model_validate_json(await request.body())
         if kind == "text/plain":
-            return ContextRequest(text=(await request.body()).decode("utf-8"), name=None, ratio=None)
+            return ContextRequest(text=decoded(await request.body(), "the text"), name=None, ratio=None)
         if kind == "multipart/form-data":
             async with request.form(max_files=1, max_fields=4) as form:
                 file = form.get("file")
                 if file is None or isinstance(file, str):
                     raise Refused(422, "the upload has no part named 'file'", param="file")
                 name = form.get("name") or re.sub(r"[^\w .()+-]", "_", file.filename or "upload")[:400]
-                values = {"text": (await file.read()).decode("utf-8-sig"), "name": name, "ratio": form.get("ratio")}
+                values = {"text": decoded(await file.read(), "the text"), "name": name, "ratio": form.get("ratio")}
                 return ContextRequest.model_validate(values)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_input=False, include_url=False)) from error
-    except UnicodeDecodeError as error:
-        raise Refused(422, "the text is not in UTF-8; convert it to plain text first", param="text") from error
+    except ICAEError as error:
+        raise Refused(422, str(error), param="text") from error
     except HTTPException as error:
         raise Refused(422, "the upload is not readable as multipart/form-data") from error
     raise Refused(415, "send a context as application/json, text/plain or multipart/form-data")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import time
 from pathlib import Path
@@ -76,12 +75,7 @@ class Keyring:
         return found
 
     def _write(self, rows: list[dict[str, str]]) -> None:
-        before = os.umask(0o077)
-        try:
-            write_atomically(self.path, (json.dumps(rows, indent=2) + "\n").encode())
-            self.path.chmod(0o600)
-        finally:
-            os.umask(before)
+        write_atomically(self.path, (json.dumps(rows, indent=2) + "\n").encode(), mode=0o600)
 
 
 def _hash(key: str) -> str:

@@ -13,7 +13,7 @@ from icae.errors import ICAEError
 
 @dataclass(frozen=True)
 class Limits:
-    """Every default once; each field's sentence is shown by `icae serve --help`."""
+    """Every default once; each field's sentence is shown by `icae serve --limit help`."""
 
     max_rows: int = setting(16, "Requests that the model works on at once.")
     guesses: int = setting(
@@ -24,6 +24,7 @@ class Limits:
     max_context: int = setting(200_000, "Tokens of a text to compress, at most.")
     max_messages: int = setting(256, "Messages of a chat, at most.")
     prefix_bytes: int = setting(1 << 30, "Memory for keys and values of contexts asked lately.")
+    slot_bytes: int = setting(1 << 30, "Memory for slots of long contexts asked lately: each prompt is about another part of them.")
     store_bytes: int | None = setting(None, "Keep the store within this many bytes, dropping what was used longest ago; none: no bound.")
     timeout: float = setting(600.0, "Seconds a request may take, waiting included.")
     shutdown: float = setting(60.0, "Seconds to finish what runs when the server is stopped.")

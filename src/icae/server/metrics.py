@@ -31,6 +31,7 @@ class Metrics:
             ("icae_steps", "Steps of the batch so far.", lambda: scheduler.steps),
             ("icae_step_rows", "Rows of all steps so far; over icae_steps: the mean batch size.", lambda: scheduler.step_rows),
             ("icae_prefix_bytes", "Memory of contexts asked lately.", lambda: service.prefixes.bytes),
+            ("icae_slot_bytes", "Memory of long contexts' slots asked lately.", lambda: service.whole.bytes),
             ("icae_prefix_hits", "Contexts found in memory so far.", lambda: service.prefixes.hits),
             ("icae_prefix_misses", "Contexts read from the store so far.", lambda: service.prefixes.misses),
         ):

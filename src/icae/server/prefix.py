@@ -5,7 +5,6 @@ slots -> Prefix -> kept by its id -> prompt read after it -> a Row, which joins 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from icae.model import ICAE
 from icae.objectives import Marker
 from icae.reader import Sampling
 from icae.server.attention import Layers, alone, shareable, sharing
+from icae.server.lately import Lately
 from icae.server.row import Row
 from icae.slots import MemorySlots, SlotBatch
 
@@ -74,20 +74,18 @@ class Prefix:
         return lead + next((i for i, (a, b) in enumerate(zip(self.read, ids, strict=False)) if a != b), min(len(self.read), len(ids)))
 
 
-class Prefixes:
-    """Contexts asked lately, bounded in bytes; the one asked longest ago goes first."""
+class Prefixes(Lately[Prefix]):
+    """Contexts asked lately."""
 
     def __init__(self, model: ICAE, max_bytes: int):
-        self.model, self.max_bytes, self.bytes = model, max_bytes, 0
-        self.kept: OrderedDict[str, Prefix] = OrderedDict()
+        super().__init__(max_bytes, lambda prefix: prefix.bytes)
+        self.model = model
         self.hits = self.misses = 0
 
     def get(self, key: str) -> Prefix | None:
-        """Return a context, or none; it counts as used."""
-        found = self.kept.get(key)
+        """Return a context, or none, and count that."""
+        found = super().get(key)
         self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
-        if found is not None:
-            self.kept.move_to_end(key)
         return found
 
     def put(self, key: str, slots: MemorySlots, tokens: int | None = None) -> Prefix:
@@ -96,31 +94,17 @@ class Prefixes:
             cache = self.model.decoder.prefix(SlotBatch.pad([slots.to(self.model.base.device)]))
         layers = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
         made = Prefix(layers, slots.span, slots.tokens if tokens is None else tokens, slots.count, words=self.model.words(slots.ids))
-        self._keep(key, made)
+        self.keep(key, made)
         return made
 
     def follow(self, key: str, prefix: Prefix, marker: Marker, ids: Sequence[int], row: Row) -> None:
         """Keep a context with the prompt, all of it `ids`, that a row has just read after it, instead of the one before."""
-        if key not in self.kept:
+        if key not in self:
             return
         begin = 0 if row.context is not None else prefix.slots
         here = slice(begin, row.cache.get_seq_length() - max(0, len(ids) - FOLLOWED))
         followed = [(layer.keys[:, :, here].contiguous(), layer.values[:, :, here].contiguous()) for layer in row.cache.layers]
-        self._keep(key, replace(prefix, followed=followed, marker=marker, read=tuple(ids[:FOLLOWED])))
-
-    def _keep(self, key: str, made: Prefix) -> None:
-        """Keep a context if it fits, and let those go that were asked longest ago."""
-        if made.bytes <= self.max_bytes:
-            self.drop(key)
-            self.kept[key] = made
-            self.bytes += made.bytes
-            while self.bytes > self.max_bytes:
-                self.bytes -= self.kept.popitem(last=False)[1].bytes
-
-    def drop(self, key: str) -> None:
-        """Forget a context."""
-        if key in self.kept:
-            self.bytes -= self.kept.pop(key).bytes
+        self.keep(key, replace(prefix, followed=followed, marker=marker, read=tuple(ids[:FOLLOWED])))
 
 
 def prefill(

@@ -24,6 +24,7 @@ from icae.focus import asked, relevant, selected
 from icae.model import ICAE
 from icae.objectives import Example, Marker
 from icae.reader import Sampling
+from icae.server.lately import Lately
 from icae.server.limits import Limits
 from icae.server.prefix import Prefix, Prefixes, check_positions, prefill
 from icae.server.row import Row
@@ -63,6 +64,7 @@ class Service:
     def __init__(self, model: ICAE, store: SlotStore, limits: Limits):
         self.model, self.store, self.limits = model, store, limits
         self.prefixes = Prefixes(model, limits.prefix_bytes)
+        self.whole: Lately[MemorySlots] = Lately(limits.slot_bytes, lambda slots: slots.nbytes)
         self.compressing: set[str] = set()
 
     # ---- contexts ----
@@ -104,6 +106,10 @@ class Service:
             self.compressing.discard(mark)
         if self.limits.store_bytes is not None and added.fresh:
             self.store.gc(self.limits.store_bytes)
+            if not self.store.catalogue.parts(added.entry.entry):
+                raise ICAEError(
+                    f"the text's slots take more than the store may keep ({self.limits.store_bytes} bytes, --limit store_bytes)"
+                )
         mine = self.store.catalogue.entries(namespace, content=added.entry.entry)
         return added.entry, any(e.made < begun for e in mine)
 
@@ -233,7 +239,7 @@ class Service:
         key, most, tokens, slots = "+".join(contents), self.model.config.focus, None, None
         ids = self.model.base.encode(about)
         if ids and most and (len(contents) > 1 or most < self.store.catalogue.segments(key)):
-            slots = self._slots(contents)
+            slots = yield from self._whole(contents, key)
             tokens, numbers = slots.tokens, (yield from relevant(self.model.reader, slots, ids, most))
             slots, key = selected(slots, numbers), f"{namespace}#{key}#{','.join(map(str, numbers))}"
         found = self.prefixes.get(key)
@@ -241,15 +247,28 @@ class Service:
             for content in contents:
                 self.store.catalogue.touch(content)
             return key, found
-        slots = self._slots(contents) if slots is None else slots
+        slots = (yield from self._slots(contents)) if slots is None else slots
         check_positions(self.model, slots.span + self.model.config.marker_length, 1)
         found = self.prefixes.put(key, slots, tokens)
         yield
         return key, found
 
-    def _slots(self, contents: list[str]) -> MemorySlots:
-        """Return the slots of stored contexts, joined."""
-        slots = MemorySlots.concatenate([self.store.read(c)[0] for c in contents])
+    def _whole(self, contents: list[str], key: str) -> Generator[None, None, MemorySlots]:
+        """Return the slots of contexts that prompts are about a part of: from memory if they were asked lately, else from the store."""
+        if (found := self.whole.get(key)) is None:
+            found = yield from self._slots(contents)
+            self.whole.keep(key, found)
+        for content in contents:
+            self.store.catalogue.touch(content)
+        return found
+
+    def _slots(self, contents: list[str]) -> Generator[None, None, MemorySlots]:
+        """Read the slots of stored contexts, one after the other, and join them."""
+        parts = []
+        for content in contents:
+            parts.append(self.store.read(content)[0])
+            yield
+        slots = MemorySlots.concatenate(parts)
         self.model.check(slots)
         return slots
 
