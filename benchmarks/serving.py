@@ -32,6 +32,8 @@ from transformers import DynamicCache
 from icae.base import cached
 from icae.blobs import pack, unpack
 from icae.chat import chat_prompt
+from icae.checkpoint import find_checkpoint
+from icae.experiments.context import checkpoint_hash
 from icae.metrics import bleu, interval
 from icae.packed import packed_linear
 from icae.reader import GREEDY
@@ -97,7 +99,7 @@ def latency(bench: Bench) -> dict[str, Any]:
     """First token and whole answer: context hot, context cold, full text."""
     size, contexts, kind = bench.size, bench.contexts(bench.size.context), bench.model.config.kind
     seconds: dict[str, list[Answer]] = {"hot": [], "cold": [], "text": []}
-    with bench.serve() as hot, bench.serve(prefix_bytes=1) as cold:
+    with bench.serve() as hot, bench.serve(prefix_bytes=1, slot_bytes=1) as cold:
         pairs = _long_answers(hot, contexts, size)
         for i in range(size.repeats + 1):  # the first is a warm-up
             context, question = pairs[i % len(pairs)]
@@ -280,7 +282,13 @@ def main() -> int:
             found = PARTS[part](bench)
         name = part if checkpoint == given.model else f"{part}, {bench.model.config.kind}"
         text = Path(given.text).name if given.text else "the bundled sample"
-        results[name] = {**found, "size": asdict(size), "text": text, "commit": commit()}
+        results[name] = {
+            **found,
+            "size": asdict(size),
+            "text": text,
+            "commit": commit(),
+            "adapter": checkpoint_hash(find_checkpoint(checkpoint)),
+        }
         for m in found["measures"]:
             print(f"{'' if m['enough'] else 'MISSED  '}{m['what']}: {m['shown']}  [asked: {m['asked']}]", flush=True)
             good = good and m["enough"]

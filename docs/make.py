@@ -182,14 +182,19 @@ def _reader(words: str, x: dict[str, Any], side: str, commit: str) -> str:
 def results_page() -> str:
     """Return docs/results.md: the tables of `icae reproduce` beside the paper's figures."""
     from icae.experiments import EXPERIMENTS
-    from icae.experiments.context import checkpoint_hash
     from icae.experiments.paper import page
     from icae.experiments.table import Table
 
     files = {name: ROOT / "results" / f"{name}.json" for name in EXPERIMENTS}
     tables = {name: Table.load(file) for name, file in files.items() if file.exists()}
-    shipped = {f.parent.name: checkpoint_hash(f.parent) for f in (ROOT / "src/icae/adapters").glob("*/config.json")}
-    return page(tables, [name for name, file in files.items() if file.with_suffix(".png").exists()], shipped)
+    return page(tables, [name for name, file in files.items() if file.with_suffix(".png").exists()], _shipped())
+
+
+def _shipped() -> dict[str, str]:
+    """Return the hashes of the adapters that ship, by name."""
+    from icae.experiments.context import checkpoint_hash
+
+    return {f.parent.name: checkpoint_hash(f.parent) for f in (ROOT / "src/icae/adapters").glob("*/config.json")}
 
 
 def serving_table() -> str:
@@ -198,9 +203,11 @@ def serving_table() -> str:
     if not file.exists():
         return "Not measured yet.\n"
     report = json.loads(file.read_text())
+    shipped = set(_shipped().values())
     lines = ["| measure | asked | measured | commit |", "|---|---|---|---|"]
     for part in report["results"].values():
-        lines += [f"| {m['what']} | {m['asked']} | {m['shown']} | {part['commit']} |" for m in part["measures"]]
+        note = "" if part.get("adapter") in shipped else " (of an adapter before)"
+        lines += [f"| {m['what']} | {m['asked']} | {m['shown']} | {part['commit']}{note} |" for m in part["measures"]]
     return "\n".join([*lines, "", f"{report['checkpoint']}; {report['machine']}.", ""])
 
 
