@@ -213,6 +213,13 @@ def test_info_tells_about_slots_checkpoints_and_itself(icae, checkpoint, slots):
     assert "adapters" in json.loads(icae("info", "--json")[1])
 
 
+def test_a_demo_of_what_cannot_be_compressed_says_so(icae, checkpoint, tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    code, out, err = icae("demo", "one.txt", "--model", checkpoint)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("icae: error: a context needs at least two tokens")
+
+
 def bad_inputs(tmp_path, checkpoint, slots):
     """Return the arguments of each mistake, and words that its message must hold."""
     (tmp_path / "binary").write_bytes(b"\x00\xff\xfe\x00" * 50)
@@ -238,8 +245,7 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "ratio 0": (("compress", TEXT, "--ratio", 0), "ratio must be at least 1"),
         "ratio 0 in a store": (("store", "add", TEXT, "--ratio", 0), "ratio must be at least 1"),
         "no documents": (("evaluate", "qa-documents", "--data", "t.jsonl", "--documents", 0, *model), "documents must be at least 1"),
-        "one token of target": (("evaluate", "continuation", "--text", ".", "--target", 1, *model), "target must be at least 2"),
-        "a demo of one token": (("demo", "one.txt", *model), "two tokens"),
+        "one token of target": (("evaluate", "continuation", "--text", "other.txt", "--target", 1, *model), "target must be at least 2"),
         "half a step": (("pretrain", "half.yaml"), "polish must be a whole number"),
         "half a ratio": (("pretrain", "model.ratio=4.5"), "ratio must be a whole number"),
         "no checkpoint": (("compress", TEXT, "--model", "./no-such-folder"), "no-such-folder"),
