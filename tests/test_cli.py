@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import tiny
 import yaml
 
 from icae import cli
+from icae.data import Windows
 from icae.slots import MemorySlots
 
 ROOT = Path(__file__).parent.parent
@@ -213,6 +216,18 @@ def test_info_tells_about_slots_checkpoints_and_itself(icae, checkpoint, slots):
     assert "adapters" in json.loads(icae("info", "--json")[1])
 
 
+def test_the_version_is_told(icae):
+    import icae as package
+
+    assert icae("--version")[:2] == (0, f"icae {package.__version__}\n")
+
+
+@pytest.mark.parametrize("options", [("--max-tokens", 0), ("--temperature", -1)])
+def test_generation_options_out_of_range_are_refused(icae, slots, options):
+    code, out, err = icae("ask", slots, "What?", *options)
+    assert (code, out) == (2, "") and options[0] in err
+
+
 def test_a_demo_of_what_cannot_be_compressed_says_so(icae, checkpoint, tmp_path):
     (tmp_path / "one.txt").write_text("a")
     code, out, err = icae("demo", "one.txt", "--model", checkpoint)
@@ -242,6 +257,10 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "a folder": (("compress", "."), "could not read"),
         "not a text": (("compress", "binary"), "UTF-8"),
         "another encoding": (("compress", "latin.txt"), "UTF-8"),
+        "the text's own file": (("compress", "one.txt", "-o", "one.txt"), "is the text itself"),
+        "no such device": (("compress", TEXT, "--device", "tpu", *model), "no device is called 'tpu'"),
+        "no such device to train on": (("pretrain", "train=one.txt", "device=cuda", "output=run"), "this torch finds no CUDA"),
+        "half a character": (("ask", slots, "What \udcff is it?", *model), "not in UTF-8"),
         "ratio 0": (("compress", TEXT, "--ratio", 0), "ratio must be at least 1"),
         "ratio 0 in a store": (("store", "add", TEXT, "--ratio", 0), "ratio must be at least 1"),
         "no documents": (("evaluate", "qa-documents", "--data", "t.jsonl", "--documents", 0, *model), "documents must be at least 1"),
@@ -298,6 +317,22 @@ def test_every_config_trains(icae, base_folder, config, tmp_path):
     assert {"config.json", "adapter_model.safetensors", "memory.safetensors", "trainer_state.json"} <= {
         p.name for p in Path("run").iterdir()
     }
+
+
+def test_a_run_that_was_interrupted_says_where_it_stopped(icae, base_folder, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(" ".join(tiny.LINES * 4))
+    sample = Windows.__getitem__
+
+    def interrupted(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(self, index)
+
+    monkeypatch.setattr(Windows, "__getitem__", interrupted)
+    small = ["steps=9", "batch_size=1", "windows=[[0, 8]]", f"model.base={base_folder}", "model.lora_rank=2", "output=run"]
+    code, _, err = icae("pretrain", "train=a.txt", *small)
+    assert code == 130
+    assert re.search(r"stopped at step [123] of 9; the same command goes on", err)
 
 
 def test_every_default_is_in_the_made_page_and_the_page_is_up_to_date():

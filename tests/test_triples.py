@@ -49,7 +49,7 @@ def test_more_than_one_bad_triple_in_a_hundred_is_refused_with_count_and_first(t
 
 def test_no_triples_at_all_are_refused(tmp_path):
     (tmp_path / "t.jsonl").write_text("")
-    refused(lambda: load_triples(str(tmp_path / "t.jsonl")), "no lines")
+    refused(lambda: load_triples(str(tmp_path / "t.jsonl")), "holds no triples")
 
 
 def triples(base, count=7, replay=None, **settings):

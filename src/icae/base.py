@@ -170,6 +170,17 @@ class Base:
         return angles
 
 
+def check_device(device: str) -> None:
+    """Raise `ICAEError` for a device that has no such name, or is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ICAEError(f"no device is called {device!r}; there are cpu, cuda, cuda:1 and mps, where torch finds them") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind):
+        raise ICAEError(f"device {device!r} is not there: this torch finds no {kind.upper()}; use cpu")
+
+
 def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> Base:
     """Load a base model, frozen.
 
@@ -192,8 +203,7 @@ def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32,
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ICAEError(f"device {device!r} is not there: this torch finds no CUDA; use cpu")
+    check_device(device)
     path = _embedded_folder() if name == EMBEDDED else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

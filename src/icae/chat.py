@@ -27,7 +27,16 @@ def tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
     With `special`, what looks like a special token becomes one; without, it stays ordinary characters. transformers keeps this choice
     as a state of the tokenizer, so threads take turns: else one's prompt is now and then cut by another's choice.
+
+    Raises
+    ------
+    ICAEError
+        If the text is no Unicode: bytes that were not UTF-8, read as half characters.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ICAEError(f"the text is not in UTF-8 (character {error.start + 1} is half of one); convert it first") from error
     with _turns:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 

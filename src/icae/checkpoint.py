@@ -152,7 +152,7 @@ def save_checkpoint(model: ICAE, folder: Path, *, dtype: torch.dtype | None, car
     lora = model.encoder.peft.peft_config["default"].to_dict()
     lora = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()}
     files = {
-        "adapter_model.safetensors": packed(get_peft_model_state_dict(model.encoder.peft)),
+        "adapter_model.safetensors": packed(get_peft_model_state_dict(model.encoder.peft, save_embedding_layers=False)),
         "memory.safetensors": packed(_own_tensors(model)),
         "adapter_config.json": _json({**lora, "base_model_name_or_path": model.config.base, "inference_mode": True}),
         "config.json": _json({**model.config.to_dict(), "library": f"icae {__version__}"}),

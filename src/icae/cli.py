@@ -46,10 +46,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from icae import __version__
+
+        print(f"icae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _icae(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")] = False,
+) -> None:
+    """Take the options of no command."""
+
+
 Source = Annotated[str, typer.Argument(help="A text file, '-' for standard input, or the text itself.", show_default=False)]
 SlotFile = Annotated[Path, typer.Argument(help="A slot file, as `icae compress` writes it.", show_default=False)]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens to generate, at most.")]
-Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate, at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
 
 
 @app.command()
@@ -86,6 +102,8 @@ def compress(
 ) -> None:
     """Compress a text into memory slots, once."""
     text = _text(source)
+    if out.exists() and os.path.exists(source) and os.path.samefile(source, out):
+        raise ICAEError(f"{out} is the text itself, which the slots would overwrite; name another file with -o")
     check_ratio(ratio)
     icae = load_model(model, base, device, polish=polish)
     import torch

@@ -29,6 +29,8 @@ RATE = 0.03
 """How far a number moves a step, at most, in root mean squares of its tensor's layer: at 4x; elsewhere by the root of the ratio."""
 BLOCK = 4
 """Tokens of a slot for which a further step is taken, by default."""
+MOST_STEPS = 9
+"""Steps by default, at most: as many as slots of 32 tokens get; beyond that they take long, in one piece, and find less."""
 BETAS = (0.8, 0.9)
 """How much of the mean gradient and of the mean squared one is kept from step to step."""
 DAMPING = 0.3
@@ -39,7 +41,7 @@ TOKENS_AT_ONCE = 256
 
 def default_steps(ratio: int) -> int:
     """Return the steps for slots that stand for `ratio` tokens each."""
-    return 1 + -(-ratio // BLOCK)
+    return min(1 + -(-ratio // BLOCK), MOST_STEPS)
 
 
 def polish(

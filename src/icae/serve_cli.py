@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,11 +64,23 @@ def serve(
 
     checkpoint = find_checkpoint(model)
     kept = SlotStore(folder)
+    _check_free(host, port)
     icae = load_model(str(checkpoint), base, device, polish=polish, focus=focus, grounding=grounding)
     hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
     app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=None if open_to_all else keyring, hosts=hosts)
     shutdown = int(limits.shutdown) + 1
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=shutdown, server_header=False)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise `ICAEError` where nobody can listen, before a model is loaded."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ICAEError(f"cannot listen at {host}, port {port}: {error.strerror or error}; --port 0 takes any free one") from error
 
 
 def _folder(store: Path | None) -> Path:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from icae.atomic import write_atomically
-from icae.base import Base, load_base
+from icae.base import Base, check_device, load_base
 from icae.callbacks import Clock, StopOnInterrupt
 from icae.checkpoint import find_checkpoint, load_weights, read_config
 from icae.config import ICAEConfig, TrainConfig
@@ -301,7 +301,8 @@ def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, clock: Clock
 
 
 def make_arguments(train: TrainConfig, quiet: bool) -> TrainingArguments:
-    """Return Trainer's settings for ours."""
+    """Return Trainer's settings for ours; raises `ICAEError` if the device is not there, on which Trainer would take another."""
+    check_device(train.device)
     if quiet:
         logging.getLogger("transformers").setLevel(logging.ERROR)
     arguments = TrainingArguments(

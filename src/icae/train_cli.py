@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Annotated
 
@@ -64,3 +65,8 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
 
     folder = train(settings, starting_config(settings.init, model), resume=not fresh)
     say(f"adapter in {folder}")
+    if settings.minutes is not None or os.environ.get("RANK", "0") != "0":
+        return
+    if (done := json.loads((folder / "trainer_state.json").read_text())["global_step"]) < settings.steps:
+        say(f"stopped at step {done} of {settings.steps}; the same command goes on from there")
+        raise typer.Exit(130)

@@ -62,14 +62,12 @@ def load_triples(source: str, base: Base | None = None, *, least: int = 2, most:
     """
     found = read_triples(source, base, least=least, most=most)
     if not found.usable:
-        first = (
-            found.bad[0]
-            if found.bad
-            else f"all {found.long} contexts have more than {most} tokens"
-            if found.long
-            else f"{source}: no lines"
-        )
-        raise ICAEError(f"{len(found.bad)} of {found.rows} lines of {source} are no triples of input, prompt, answer; first: {first}")
+        if found.bad:
+            lines = f"{len(found.bad)} of {found.rows} lines of {source}"
+            raise ICAEError(f"{lines} are no triples of input, prompt, answer; first: {found.bad[0]}")
+        if found.long:
+            raise ICAEError(f"all {found.long} contexts of {source} have more than {most} tokens; raise context_length, or cut them")
+        raise ICAEError(f"{source} holds no triples; give lines with input, prompt and answer")
     for note in found.bad:
         print(f"skipped {note}", file=sys.stderr)
     if found.bad or found.long:

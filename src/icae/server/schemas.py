@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(max_length=4 << 20)]
 ContextId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="As `POST /v1/contexts` returned it.")]
@@ -17,7 +17,7 @@ _UNSUPPORTED: dict[str, Any] = {
     "functions": None,
     "logprobs": None,
     "top_logprobs": None,
-    "response_format": None,
+    "response_format": {"type": "text"},
     "logit_bias": None,
     "audio": None,
     "presence_penalty": 0,
@@ -113,6 +113,8 @@ class CompletionRequest(Generation):
 
 class ContextRequest(BaseModel):
     """`POST /v1/contexts` as JSON."""
+
+    model_config = ConfigDict(extra="forbid")
 
     text: Text
     name: str | None = Field(None, min_length=1, max_length=400)
