@@ -254,6 +254,7 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "empty file": (("compress", "empty.txt"), "empty"),
         "one token": (("compress", "one.txt", *model), "two tokens"),
         "no such file": (("compress", "nothing.txt"), "nothing.txt"),
+        "no such file, with a space": (("compress", "my manul.txt"), "no file at my manul.txt"),
         "a folder": (("compress", "."), "could not read"),
         "not a text": (("compress", "binary"), "UTF-8"),
         "another encoding": (("compress", "latin.txt"), "UTF-8"),

@@ -522,6 +522,17 @@ def test_what_one_key_asked_is_not_ready_for_another(guarded, model, monkeypatch
     assert hits == [0, 1, 0, 1]
 
 
+def test_what_is_wrong_is_named_as_the_client_wrote_it(client):
+    content = [{"type": "context", "context_id": "nonsense"}, {"type": "text", "text": "x"}]
+    answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+    assert answer.status_code == 422 and answer.json()["error"]["param"] == "messages.0.content.0.context.context_id"
+    answer = client.post("/v1/chat/completions", content=b'{"messages": []}', headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert answer.status_code == 415 and "Content-Type" in answer.json()["error"]["message"]
+    assert client.post("/v1/contexts", json={"text": TEXT, "rato": 2}).status_code == 422
+    plain = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "response_format": {"type": "text"}}
+    assert client.post("/v1/chat/completions", json=plain).status_code == 200
+
+
 def test_a_long_context_is_read_from_the_store_once_whatever_is_asked(client, model, store, monkeypatch):
     monkeypatch.setattr(model, "config", model.config.replace(focus=2))
     read, real = [], store.read

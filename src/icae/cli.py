@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 import warnings
@@ -285,6 +286,8 @@ def _text(source: str, *, literal: bool = True) -> str:
         text = decoded(sys.stdin.buffer.read(), "standard input")
     elif not literal or os.path.exists(source) or not any(c.isspace() for c in source):
         text = read_text(source)
+    elif re.fullmatch(r"[^\n]{1,200}\.(txt|md|rst|text|py|json|html?|pdf)", source):
+        raise ICAEError(f"no file at {source}; if that is the text itself, give it on standard input: echo ... | icae ... -")
     else:
         text = source
     if not text.strip():

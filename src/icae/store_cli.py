@@ -13,7 +13,7 @@ import typer
 
 from icae.errors import ICAEError
 from icae.segments import check_ratio
-from icae.terminal import Json, Polish, load_model, progress
+from icae.terminal import Json, Polish, load_model, print_table, progress
 
 if TYPE_CHECKING:
     from icae.catalogue import Entry
@@ -70,14 +70,9 @@ def ls(store: Folder = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("name", "tokens", "slots", "kind", "bytes", "last used")
     for r in rows:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(r["used"]))
-        table.add_row(r["name"], str(r["tokens"]), str(r["slots"]), f"{r['about']['kind']} {r['about']['dtype']}", str(r["bytes"]), used)
-    Console().print(table)
+        r["kind"], r["last used"] = f"{r['about']['kind']} {r['about']['dtype']}", _date(r["used"])
+    print_table(["name", "tokens", "slots", "kind", "bytes", "last used"], rows)
 
 
 @app.command()
@@ -89,7 +84,8 @@ def show(
     if as_json:
         print(json.dumps(row, ensure_ascii=False))
         return
-    for key, value in {**row, **row.pop("about")}.items():
+    about = row.pop("about")
+    for key, value in {**row, "made": _date(row["made"]), "used": _date(row["used"]), **about}.items():
         print(f"{key:18} {value}")
 
 
@@ -200,6 +196,10 @@ def _texts(sources: list[str]) -> Iterator[tuple[str, str, str]]:
                     print(f"{file} is empty, left out", file=sys.stderr)
         else:
             yield source, source, _filled(read_text(source), source)
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _filled(text: str, source: str) -> str:

@@ -91,14 +91,16 @@ def print_results(results: Any, as_json: bool, plain: Callable[[], None]) -> Non
 
 
 def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table."""
+    """Print rows as a table; it is cut nowhere: folded in a terminal, and as wide as it needs to be elsewhere."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns)
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def say(message: str) -> None:

@@ -145,7 +145,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = max(error.errors(), key=lambda e: len(e["loc"]))  # of a union's branches, the one that came furthest
-        where = ".".join(str(p) for p in first["loc"] if p != "body") or None
+        named = [str(p) for p in first["loc"] if p not in ("body", "str") and str(p).isidentifier() or isinstance(p, int)]  # no type's name
+        where = ".".join(named) or None
+        if not named and first["type"] == "model_attributes_type":
+            return _error(415, "send JSON, with the header Content-Type: application/json")
         return _error(422, _plain(f"{where or 'body'}: {first['msg']}"), where and _plain(where))
 
     @app.exception_handler(HTTPException)
