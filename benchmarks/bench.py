@@ -97,9 +97,9 @@ class Bench:
             made.append(Context(entry.id, entry.name, ids, self.model.base.decode(ids)))
         return made
 
-    def serve(self, focus: int | None = None, **limits: int) -> Served:
-        """Start a server on the store; `focus` 0 has it ask all of a context."""
-        return Served(self.folder, self.name, self.base_name, focus, **limits)
+    def serve(self, **limits: int) -> Served:
+        """Start a server on the store."""
+        return Served(self.folder, self.name, self.base_name, **limits)
 
     def full_text(self, context: Context, question: str, tokens: int) -> Answer:
         """Answer from the whole text with plain transformers."""

@@ -34,11 +34,10 @@ class Answer:
 class Served:
     """A server on a store, as a context manager."""
 
-    def __init__(self, store: Path, model: str | None, base: str | None, focus: int | None = None, **limits: int):
+    def __init__(self, store: Path, model: str | None, base: str | None, **limits: int):
         self.command = [sys.executable, "-c", "from icae.cli import main; main()", "serve", "--port", "0", "--store", str(store)]
         for name, value in (("--model", model), ("--base", base)):
             self.command += [name, value] if value else []
-        self.command += [] if focus is None else ["--focus", str(focus)]
         for name, number in limits.items():
             self.command += ["--limit", f"{name}={number}"]
 

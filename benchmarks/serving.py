@@ -5,8 +5,7 @@
 Without a PART all run: throughput, latency, memory, load, soak, int8. `results/serving.json` keeps the parts that did not run. The
 server is `icae serve` as a process of its own; full text is plain `transformers.generate` in this process, which keeps nothing from
 one request to the next (within one it has its usual key-value cache). `hot` is a context asked lately, `cold` one that is read from
-the disk, the system's copy of its files dropped first; `read whole` is a server with `--focus 0`, which does not look for what a question
-is about.
+the disk, the system's copy of its files dropped first.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def throughput(bench: Bench) -> dict[str, Any]:
     """Clients at once against the same requests one at a time, on one server, contexts hot; the answers must be the same."""
     size, contexts = bench.size, bench.contexts(bench.size.context)
     with bench.serve() as server:
-        pairs = _long_answers(contexts, size, server)
+        pairs = _long_answers(server, contexts, size)
         asked = [pairs[i % len(pairs)] for i in range(size.clients * size.asks)]
         bodies = [chat({"context_id": c.id}, q, size.answer) for c, q in asked]
         clients = [server.connect() for _ in range(size.clients)]
@@ -97,11 +96,11 @@ def throughput(bench: Bench) -> dict[str, Any]:
 
 
 def latency(bench: Bench) -> dict[str, Any]:
-    """First token and whole answer: context hot (focused, and read whole), context cold, full text."""
+    """First token and whole answer: context hot, context cold, full text."""
     size, contexts, kind = bench.size, bench.contexts(bench.size.context), bench.model.config.kind
-    seconds: dict[str, list[Answer]] = {"hot": [], "hot, read whole": [], "cold": [], "text": []}
-    with bench.serve() as hot, bench.serve(focus=0) as whole, bench.serve(prefix_bytes=1, slot_bytes=1) as cold:
-        pairs = _long_answers(contexts, size, hot, whole)
+    seconds: dict[str, list[Answer]] = {"hot": [], "cold": [], "text": []}
+    with bench.serve() as hot, bench.serve(prefix_bytes=1, slot_bytes=1) as cold:
+        pairs = _long_answers(hot, contexts, size)
         for i in range(size.repeats + 1):  # the first is a warm-up
             context, question = pairs[i % len(pairs)]
             body = chat({"context_id": context.id}, question, size.answer)
@@ -109,7 +108,6 @@ def latency(bench: Bench) -> dict[str, Any]:
             sides = {
                 "cold": lambda body=body: stream(cold.client, body),
                 "hot": lambda body=body: stream(hot.client, body),
-                "hot, read whole": lambda body=body: stream(whole.client, body),
                 "text": partial(bench.full_text, context, question, size.answer),
             }
             for name, side in sides.items():
@@ -120,7 +118,7 @@ def latency(bench: Bench) -> dict[str, Any]:
     asked = {"first": (30 if kind == "kv" else 3.5), "whole": (3.5 if kind == "kv" else None)}
     for name, what in (("first", "time to first token"), ("whole", f"whole answer of {size.answer} tokens")):
         medians = {side: statistics.median(getattr(a, name) for a in answers) for side, answers in seconds.items()}
-        for side in ("hot", "hot, read whole", "cold"):
+        for side in ("hot", "cold"):
             ratio, least = medians["text"] / medians[side], asked[name]
             shown = f"{ratio:.1f}x ({1e3 * medians[side]:.0f} ms against {1e3 * medians['text']:.0f} ms)"
             what_ = f"{what}, {size.context} tokens as {kind} slots, {side}, against full text"
@@ -229,11 +227,11 @@ def int8(bench: Bench) -> dict[str, Any]:
     return {"measures": [measure(what, "-", statistics.mean(cost), True, shown)], "bleu": score, "bytes": held}
 
 
-def _long_answers(contexts: list[Context], size: Size, *servers: Served) -> list[tuple[Context, str]]:
-    """Return the (context, question) pairs that all servers answer up to the limit, contexts in turn; asking makes the contexts hot."""
-    long = [(c, q) for q in QUESTIONS for c in contexts]
-    for server in servers:
-        long = [(c, q) for c, q in long if stream(server.client, chat({"context_id": c.id}, q, size.answer)).tokens == size.answer]
+def _long_answers(server: Served, contexts: list[Context], size: Size) -> list[tuple[Context, str]]:
+    """Return the (context, question) pairs whose answers go on to the limit, contexts in turn; asking them makes the contexts hot."""
+    pairs = [(c, q) for q in QUESTIONS for c in contexts]
+    answers = [stream(server.client, chat({"context_id": c.id}, q, size.answer)) for c, q in pairs]
+    long = [pair for pair, answer in zip(pairs, answers, strict=True) if answer.tokens == size.answer]
     if not long:
         raise SystemExit(f"no answer of this checkpoint has {size.answer} tokens: there is nothing to compare")
     return long
