@@ -47,11 +47,9 @@ def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _name(parameter: Any) -> str:
-    return (
-        ", ".join([*parameter.opts, *parameter.secondary_opts])
-        if parameter.param_type_name == "option"
-        else parameter.name.upper().rstrip("_")
-    )
+    if parameter.param_type_name != "option":
+        return parameter.name.upper().rstrip("_")
+    return ", ".join([*parameter.opts, *parameter.secondary_opts])
 
 
 def _help(parameter: Any) -> str:

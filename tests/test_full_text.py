@@ -1,12 +1,10 @@
 """benchmarks/full_text_qa.py, on a tiny base."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from tiny import LINES, base_logits, make_icae
+from tiny import LINES, base_logits, load_script, make_icae
 
 from icae.base import load_base
 from icae.chat import chat_prompt, chat_response, full_text
@@ -16,15 +14,10 @@ from icae.model import ICAE
 from icae.objectives import collate
 from icae.train import build, make_data, starting_config, train
 
-PATH = Path(__file__).parent.parent / "benchmarks" / "full_text_qa.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("full_text_qa", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/full_text_qa.py")
 
 
 @pytest.fixture

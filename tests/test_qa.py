@@ -1,10 +1,8 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import LINES, make_icae, one_line
+from tiny import LINES, load_script, make_icae, one_line
 
 from icae.baselines import cut_off, delete_by_surprise
 from icae.chat import full_text
@@ -116,9 +114,7 @@ def test_questions_are_drawn_by_seed():
 
 def test_the_made_table_shows_what_the_evaluations_return(base, tmp_path, monkeypatch):
     """docs/make.py, on the figures of a tiny model: every reader has its row, and slots their share of the upper bound."""
-    spec = importlib.util.spec_from_file_location("make", Path(__file__).parent.parent / "docs" / "make.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
+    make = load_script("docs/make.py")
     monkeypatch.setattr(make, "ROOT", tmp_path)
     assert make.answers_table() == "Not measured yet.\n"
     model = make_icae(base)

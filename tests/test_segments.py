@@ -68,7 +68,7 @@ def test_a_ratio_below_one_is_refused_with_the_number():
         slot_count(8, 0)
 
 
-# (length, ratio): context, memory, slots, [AE], span
+# (length, ratio): context, memory, slots, span
 SPREAD = {
     (8, 4): ([1, 2, 3, 4, 5, 6, 7, 8], [2, 6], [2, 6], 8),
     (9, 4): ([1, 2, 3, 4, 5, 6, 7, 8, 9], [2, 6, 9], [2, 6, 9], 9),

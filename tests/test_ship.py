@@ -1,22 +1,16 @@
 """What ships of a run: its adapter in float16, and the curve of all stages as one."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_icae
-
-SCRIPT = Path(__file__).parent.parent / "configs" / "ship.py"
+from tiny import load_script, make_icae
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("ship", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("configs/ship.py")
     monkeypatch.setattr(module, "ADAPTERS", tmp_path / "adapters")
     return module
 

@@ -1,20 +1,15 @@
 """The gatherer of technical text: what it takes, and how it parts training from held-out text."""
 
 import ast
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parent.parent / "configs" / "technical.py"
+from tiny import load_script
 
 
 @pytest.fixture
 def technical(monkeypatch, tmp_path):
-    spec = importlib.util.spec_from_file_location("technical", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("configs/technical.py")
     texts = [f'"""Module {i}.\n\nIt is\none of many.\n"""\n' + f"x_{i} = 1\n" * 60 for i in range(60)]
     monkeypatch.setattr(module, "modules", lambda: ((ast.parse(t), t) for t in [*texts, texts[0], "short = 1"]))
     monkeypatch.setattr(sys, "argv", ["technical.py", str(tmp_path)])

@@ -33,7 +33,8 @@ class Clock(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the time, once an update."""
-        self.step = agreed(self._step(self._before + (time.monotonic() - self._begin) / 60), args.device)
+        if self.minutes is not None:
+            self.step = agreed(self._step(self._before + (time.monotonic() - self._begin) / 60), args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop, with a checkpoint, where the minutes are over."""
@@ -77,4 +78,6 @@ class StopOnInterrupt(TrainerCallback):
 
 def agreed(value: int, device: torch.device) -> int:
     """Return the largest value that any process has: they must take the same rate, and end at the same step."""
+    if not torch.distributed.is_initialized():
+        return value  # alone: an accelerator need not be waited for
     return int(gather(torch.tensor([value], device=device)).max())
