@@ -6,6 +6,7 @@ from icae.chat import chat_prompt
 from icae.chat_cli import fitting
 from icae.model import ICAE
 from icae.slots import MemorySlots
+from icae.store import SlotStore
 
 
 @pytest.fixture
@@ -34,6 +35,16 @@ def test_a_text_file_is_compressed_first(icae, checkpoint, text, slots):  # noqa
     assert icae("chat", text, *asked, stdin=b"Who?\n")[1] == icae("chat", "full.safetensors", *asked, stdin=b"Who?\n")[1]
 
 
+def test_a_stored_context_is_found_by_its_name(icae, checkpoint, text, slots):  # noqa: F811
+    asked = ("--max-tokens", 4, "--model", checkpoint)
+    assert icae("store", "add", text, "--name", "paper", "--store", "kept", "--model", checkpoint)[0] == 0
+    SlotStore("kept").load("paper").save("paper.safetensors")
+    assert (
+        icae("chat", "--stored", "paper", "--store", "kept", *asked, stdin=b"Who?\n")[1]
+        == icae("chat", "paper.safetensors", *asked, stdin=b"Who?\n")[1]
+    )
+
+
 def test_old_turns_leave_when_the_positions_run_out(base):
     model = make_icae(base)
     made = model.compress(TEXT)
@@ -45,6 +56,11 @@ def test_old_turns_leave_when_the_positions_run_out(base):
 
 
 def test_mistakes_are_one_line(icae, checkpoint, tmp_path):  # noqa: F811
-    for arguments, words in ((("chat", "none.safetensors"), "no slot file"), (("chat", "none.txt"), "none.txt")):
+    for arguments, words in (
+        (("chat", "none.safetensors"), "no slot file"),
+        (("chat", "none.txt"), "none.txt"),
+        (("chat",), "--stored"),
+        (("chat", "none.txt", "--stored", "a"), "not both"),
+    ):
         code, out, err = icae(*arguments, "--model", checkpoint, stdin=b"Who?\n")
         assert (code, out) == (2, "") and words in err and err.count("\n") == 1

@@ -15,7 +15,9 @@ import yaml
 
 from icae import cli
 from icae.data import Windows
+from icae.model import ICAE
 from icae.slots import MemorySlots
+from icae.store import SlotStore
 
 ROOT = Path(__file__).parent.parent
 TEXT = " ".join(tiny.LINES)
@@ -123,6 +125,20 @@ def test_ask_tells_how_much_of_a_long_context_it_asked(icae, checkpoint, slots):
     assert code == 0 and "segments" not in err
     code, out, err = icae("ask", *asked, "--focus", -1)
     assert (code, out) == (2, "") and "focus" in err and err.count("\n") == 1
+
+
+def test_ask_finds_contexts_in_the_store(icae, checkpoint, slots, text):
+    asked = ("--store", "kept", "--model", checkpoint)
+    Path("other.txt").write_text("A storm took the roof of the mill in the night. " * 2)
+    assert icae("store", "add", text, "other.txt", "--dtype", "float32", *asked)[0] == 0
+    model, store = ICAE.from_pretrained(checkpoint), SlotStore("kept")
+    one, both = store.load(str(text)), MemorySlots.concatenate([store.load("other.txt"), store.load(str(text))])
+    for names, loaded in (([text], one), (["other.txt", text], both)):
+        options = [option for name in names for option in ("--stored", name)]
+        code, out, _ = icae("ask", *options, "Who?", "--max-tokens", 4, *asked, "--json")
+        result = json.loads(out)
+        assert code == 0 and result["answer"] == model.answer(loaded, "Who?", max_new_tokens=4)
+        assert result["segments"] == len(loaded.segments)
 
 
 def test_continue_is_greedy_unless_a_temperature_is_given_and_then_follows_the_seed(icae, checkpoint, slots):
@@ -274,6 +290,9 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "flipped byte": (("reconstruct", "flipped.safetensors"), "checksum"),
         "another text": (("reconstruct", slots, "--against", "other.txt", *model), "not the text"),
         "no question": (("ask", slots), "question"),
+        "two questions": (("ask", "--stored", "a", "Who?", "What?"), "not both"),
+        "two sources": (("ask", "--stored", "a", "--text", text, "Who?"), "not both"),
+        "not stored": (("ask", "--stored", "a", "Who?", "--store", "empty"), "no store at empty"),
         "empty question": (("ask", slots, " "), "question"),
         "long prompt": (("ask", slots, "word " * 600, *model), "shorten"),
         "bad lengths": (("evaluate", "autoencoding", "--text", "x", "--lengths", "a"), "whole numbers"),

@@ -31,6 +31,7 @@ LEVELS = {
     "polish": 6,
     "focus": 5,
     "grounding": 0,
+    "overlap": 0,
     "model": 8,
     "checkpoint": 9,
     "data": 9,

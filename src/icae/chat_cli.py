@@ -10,7 +10,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Focus, Grounding, Polish, load_model
+from icae.terminal import (
+    BaseName,
+    Device,
+    Focus,
+    Grounding,
+    MaxTokens,
+    Model,
+    Polish,
+    Seed,
+    Stored,
+    StoreFolder,
+    Temperature,
+    from_store,
+    load_model,
+    sampling_of,
+)
 
 if TYPE_CHECKING:
     from icae.model import ICAE
@@ -20,29 +35,37 @@ _LEAVE = ("/quit", "/exit")
 
 
 def chat(
-    context: Annotated[Path, typer.Argument(help="A slot file, or a text file, which is compressed first.", show_default=False)],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn, where the temperature is above 0.")] = 0,
+    context: Annotated[
+        Path | None, typer.Argument(help="A slot file, or a text file, which is compressed first.", show_default=False)
+    ] = None,
+    stored: Stored = None,
+    store: StoreFolder = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
     ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file. [default: checkpoint's]")] = None,
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,
-    model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
 ) -> None:
     """Talk about a text, turn by turn, over the same slots: one question a line; /forget begins anew, /quit or Ctrl-D leaves."""
     from icae.data import read_text
-    from icae.reader import Sampling
     from icae.slots import MemorySlots
 
-    if max_tokens < 1:
-        raise ICAEError(f"max-tokens must be at least 1, got {max_tokens}")
-    loaded = MemorySlots.load(context) if context.suffix == ".safetensors" else None
-    text = "" if loaded is not None else read_text(context)
+    if (context is None) == (not stored):
+        raise ICAEError("give either a file or --stored NAME" + ("" if context is None else ", not both"))
+    text, slots = "", None
+    if context is None:
+        slots = from_store(stored or [], store)
+    elif context.suffix == ".safetensors":
+        slots = MemorySlots.load(context)
+    else:
+        text = read_text(context)
     icae = load_model(model, base, device, polish=polish, focus=focus, grounding=grounding)
-    slots = loaded if loaded is not None else icae.compress(text, ratio=ratio)
+    slots = slots or icae.compress(text, ratio=ratio)
     icae.check(slots)
     print(f"{slots.tokens} tokens in {slots.count} slots; /forget begins anew, /quit leaves", file=sys.stderr, flush=True)
     history: list[dict[str, str]] = []
@@ -54,7 +77,7 @@ def chat(
             continue
         asked = icae.focused(slots, said, history=history)
         history = fitting(icae, asked, history, said, max_tokens)
-        sampling = Sampling(temperature, seed=seed + len(history) if temperature else None)
+        sampling = sampling_of(temperature, seed + len(history))
         answer = ""
         try:
             for piece in icae.stream_answer(asked, said, history=history, max_new_tokens=max_tokens, sampling=sampling):

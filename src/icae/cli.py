@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from icae import chat_cli, data_cli, evaluate_cli, reproduce_cli, serve_cli, store_cli, train_cli
+from icae import ask_cli, chat_cli, data_cli, evaluate_cli, reproduce_cli, serve_cli, store_cli, train_cli
 from icae.errors import ICAEError
 from icae.segments import check_ratio
 from icae.terminal import (
     BaseName,
     Device,
-    Focus,
-    Grounding,
     Json,
+    MaxTokens,
     Model,
     Polish,
     Ratio,
     Refine,
     Seed,
+    Temperature,
     lent,
     load_model,
+    print_pieces,
     print_results,
+    print_stream,
     progress,
+    sampling_of,
     say,
+    text_of,
 )
-
-if TYPE_CHECKING:
-    from icae.model import ICAE
 
 app = typer.Typer(
     name="icae",
@@ -65,8 +63,6 @@ def _icae(
 
 Source = Annotated[str, typer.Argument(help="A text file, '-' for standard input, or the text itself.", show_default=False)]
 SlotFile = Annotated[Path, typer.Argument(help="A slot file, as `icae compress` writes it.", show_default=False)]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate, at most.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
 
 
 @app.command()
@@ -85,7 +81,7 @@ def demo(
     from icae.demo import run, show
 
     icae = load_model(model, base, device)
-    results = run(icae, None if source is None else _text(source), question or None, refine=refine, progress=say)
+    results = run(icae, None if source is None else text_of(source), question or None, refine=refine, progress=say)
     print_results(results, as_json, lambda: show(results))
 
 
@@ -102,7 +98,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress a text into memory slots, once."""
-    text = _text(source)
+    text = text_of(source)
     if out.exists() and os.path.exists(source) and os.path.samefile(source, out):
         raise ICAEError(f"{out} is the text itself, which the slots would overwrite; name another file with -o")
     check_ratio(ratio)
@@ -142,11 +138,14 @@ def reconstruct(
     as_json: Json = False,
 ) -> None:
     """Read the text back from its slots; what the slots do not bear out is put right."""
-    original = None if against is None else _text(str(against), literal=False)
-    loaded, icae = _load_slots(slots, model, base, device)
+    from icae.slots import MemorySlots
+
+    original = None if against is None else text_of(str(against), literal=False)
+    loaded = MemorySlots.load(slots)  # a bad file is named before a model is loaded
+    icae = load_model(model, base, device)
     refines = icae.refines(refine)
     if original is None and not as_json and not refines:
-        _stream(icae.stream_reconstruction(loaded))
+        print_pieces(icae.stream_reconstruction(loaded))
         return
     from icae.model import joined
 
@@ -195,47 +194,12 @@ def continue_(
     as_json: Json = False,
 ) -> None:
     """Continue the text that the slots stand for."""
-    loaded, icae = _load_slots(slots, model, base, device)
-    pieces = icae.stream_continuation(loaded, max_new_tokens=max_tokens, sampling=_sampling(temperature, seed))
-    _print_stream("text", pieces, as_json)
+    from icae.slots import MemorySlots
 
-
-@app.command()
-def ask(
-    slots: Annotated[str, typer.Argument(help="A slot file; with --text, the question itself.", show_default=False)],
-    question: Annotated[str | None, typer.Argument(help="The question or instruction.", show_default=False)] = None,
-    text: Annotated[Path | None, typer.Option("--text", help="Ask this text file in full, uncompressed, for comparison.")] = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    focus: Focus = None,
-    grounding: Grounding = None,
-    model: Model = None,
-    base: BaseName = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Ask about a text, from its slots (or, with --text, from the full text)."""
-    sampling, about = _sampling(temperature, seed), {}
-    if text is not None:
-        if question is not None:
-            raise ICAEError("give either a slot file or --text FILE, not both")
-        from icae.chat import full_text
-
-        prompt = full_text(_text(str(text), literal=False), _question(slots))
-        icae = load_model(model, base, device)
-        pieces = icae.stream_answer(None, prompt, max_new_tokens=max_tokens, sampling=sampling)
-    else:
-        if question is None:
-            raise ICAEError('the question is missing: icae ask slots.safetensors "What ...?"')
-        prompt = _question(question)
-        loaded, icae = _load_slots(Path(slots), model, base, device, focus=focus, grounding=grounding)
-        asked = icae.focused(loaded, prompt)
-        about = {"segments": len(loaded.segments), "segments_asked": len(asked.segments)}
-        pieces = icae.stream_answer(asked, prompt, max_new_tokens=max_tokens, sampling=sampling)
-    _print_stream("answer", pieces, as_json, **about)
-    if not as_json and about and about["segments_asked"] < about["segments"]:
-        say("from {segments_asked} of {segments} segments, those that the question is about; --focus 0 asks all".format(**about))
+    loaded = MemorySlots.load(slots)  # a bad file is named before a model is loaded
+    icae = load_model(model, base, device)
+    pieces = icae.stream_continuation(loaded, max_new_tokens=max_tokens, sampling=sampling_of(temperature, seed))
+    print_stream("text", pieces, as_json)
 
 
 @app.command()
@@ -268,67 +232,8 @@ def info(
     print_results(results, as_json, plain)
 
 
-def _text(source: str, *, literal: bool = True) -> str:
-    """Return the text that `source` names or is.
-
-    Raises
-    ------
-    ICAEError
-        If it is empty, or looks like the path of a file that is not there.
-    """
-    from icae.data import decoded, read_text
-
-    if not source.strip():
-        text = ""
-    elif source == "-":
-        if sys.stdin.isatty():
-            say("reading standard input, until Ctrl-D ...")
-        text = decoded(sys.stdin.buffer.read(), "standard input")
-    elif not literal or os.path.exists(source) or not any(c.isspace() for c in source):
-        text = read_text(source)
-    elif re.fullmatch(r"[^\n]{1,200}\.(txt|md|rst|text|py|json|html?|pdf)", source):
-        raise ICAEError(f"no file at {source}; if that is the text itself, give it on standard input: echo ... | icae ... -")
-    else:
-        text = source
-    if not text.strip():
-        raise ICAEError("the text is empty; give a text of at least two tokens")
-    return text
-
-
-def _question(text: str) -> str:
-    if not text.strip():
-        raise ICAEError("the question is empty")
-    return text
-
-
-def _load_slots(path: Path, model: str | None, base: str | None, device: str, **settings: float | None) -> tuple[Any, ICAE]:
-    """Return slots and the model to read them; a bad slot file is named before a model is loaded."""
-    from icae.slots import MemorySlots
-
-    slots = MemorySlots.load(path)
-    return slots, load_model(model, base, device, **settings)
-
-
-def _sampling(temperature: float, seed: int) -> Any:
-    from icae.reader import Sampling
-
-    return Sampling(temperature=temperature, seed=seed if temperature else None)
-
-
-def _print_stream(name: str, pieces: Iterator[str], as_json: bool, **about: int) -> None:
-    if as_json:
-        print(json.dumps({name: "".join(pieces).strip(), **about}, ensure_ascii=False))
-    else:
-        _stream(pieces)
-
-
-def _stream(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-
-
 # in the order in which `icae --help` lists them, behind those above
+app.command()(ask_cli.ask)
 app.command()(chat_cli.chat)
 app.command()(serve_cli.serve)
 app.command()(train_cli.pretrain)

@@ -13,15 +13,13 @@ import typer
 
 from icae.errors import ICAEError
 from icae.segments import check_ratio
-from icae.terminal import Json, Polish, load_model, print_table, progress
+from icae.terminal import Json, Polish, StoreFolder, load_model, open_store, print_table, progress
 
 if TYPE_CHECKING:
     from icae.catalogue import Entry
-    from icae.store import SlotStore
 
 app = typer.Typer(help="Keep contexts compressed: once written, asked many times.", no_args_is_help=True)
 
-Folder = Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")]
 Names = Annotated[list[str], typer.Argument(help="Names of contexts.", show_default=False)]
 _TEXTS = (".txt", ".md", ".rst", ".text")
 
@@ -37,7 +35,7 @@ def add(
     model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Compress texts into the store; what is there unchanged is not compressed again."""
@@ -47,7 +45,7 @@ def add(
         if len(texts) != 1:
             raise ICAEError(f"--name names one text, these are {len(texts)}; leave it away")
         texts = [(name, texts[0][1], texts[0][2])]
-    kept = _open(store, blobs, make=True)
+    kept = open_store(store, blobs, make=True)
 
     icae = load_model(model, base, device, polish=polish)
     rows = []
@@ -64,9 +62,9 @@ def add(
 
 
 @app.command()
-def ls(store: Folder = None, as_json: Json = False) -> None:
+def ls(store: StoreFolder = None, as_json: Json = False) -> None:
     """List the contexts in the store."""
-    rows = [_row(e) for e in _open(store).entries()]
+    rows = [_row(e) for e in open_store(store).entries()]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
@@ -77,10 +75,10 @@ def ls(store: Folder = None, as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a context.", show_default=False)], store: Folder = None, as_json: Json = False
+    name: Annotated[str, typer.Argument(help="Name of a context.", show_default=False)], store: StoreFolder = None, as_json: Json = False
 ) -> None:
     """Tell all that the store knows of a context."""
-    row = _row(_open(store).entry(name))
+    row = _row(open_store(store).entry(name))
     if as_json:
         print(json.dumps(row, ensure_ascii=False))
         return
@@ -90,9 +88,9 @@ def show(
 
 
 @app.command()
-def rm(names: Names, store: Folder = None, as_json: Json = False) -> None:
+def rm(names: Names, store: StoreFolder = None, as_json: Json = False) -> None:
     """Take contexts out of the store; slots that another name needs stay."""
-    kept = _open(store)
+    kept = open_store(store)
     for name in names:
         kept.entry(name)
     for name in dict.fromkeys(names):
@@ -103,12 +101,12 @@ def rm(names: Names, store: Folder = None, as_json: Json = False) -> None:
 @app.command()
 def verify(
     drop: Annotated[bool, typer.Option("--drop", help="Take damaged contexts away, so that adding makes them anew.")] = False,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Read everything in the store and check it; exits with 1 where something is damaged."""
     with progress("verifying", "blobs") as tick:
-        bad = _open(store).verify(drop=drop, progress=tick)
+        bad = open_store(store).verify(drop=drop, progress=tick)
     if as_json:
         print(json.dumps({"damaged": bad, "dropped": drop}, ensure_ascii=False))
     else:
@@ -122,11 +120,11 @@ def verify(
 @app.command()
 def gc(
     max_bytes: Annotated[int | None, typer.Option("--max-bytes", help="Keep at most this much; what was used longest ago goes.")] = None,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Clear away what nothing names, and keep the store within a size."""
-    done = _open(store).gc(max_bytes)
+    done = open_store(store).gc(max_bytes)
     if as_json:
         print(json.dumps(done, ensure_ascii=False))
     else:
@@ -137,13 +135,13 @@ def gc(
 def export(
     archive: Annotated[Path, typer.Argument(help="The zip to write; or, for one name, a .safetensors slot file.", show_default=False)],
     names: Annotated[list[str] | None, typer.Argument(help="Names of contexts. [default: all]", show_default=False)] = None,
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Write contexts to one file: an archive for `import`, or a slot file for `icae ask`."""
     from icae.archive import export as write
 
-    kept = _open(store)
+    kept = open_store(store)
     if archive.suffix == ".safetensors":
         if names is None or len(names) != 1:
             raise ICAEError("a slot file holds one context: icae store export slots.safetensors NAME")
@@ -158,23 +156,14 @@ def export(
 @app.command("import")
 def import_(
     archive: Annotated[Path, typer.Argument(help="A zip as `icae store export` writes it.", show_default=False)],
-    store: Folder = None,
+    store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Take the contexts of an archive into the store."""
     from icae.archive import import_ as read
 
-    names = read(_open(store, make=True), archive)
+    names = read(open_store(store, make=True), archive)
     print(json.dumps({"imported": names}, ensure_ascii=False) if as_json else f"imported {len(names)} contexts")
-
-
-def _open(folder: Path | None, blobs: str | None = None, *, make: bool = False) -> SlotStore:
-    """Open the store; one that was named outright and is not there is made only where `make` says so."""
-    from icae.store import SlotStore
-
-    if folder is not None and not make and not (folder / "catalogue.sqlite").is_file():
-        raise ICAEError(f"no store at {folder}; `icae store add FILE --store {folder}` makes one")
-    return SlotStore(folder, blobs=blobs)
 
 
 def _texts(sources: list[str]) -> Iterator[tuple[str, str, str]]:

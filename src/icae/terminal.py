@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from icae.errors import ICAEError
+
 if TYPE_CHECKING:
     from icae.model import ICAE
+    from icae.reader import Sampling
+    from icae.slots import MemorySlots
+    from icae.store import SlotStore
 
 Model = Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")]
 BaseName = Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id. [default: the checkpoint's]")]
@@ -45,6 +52,13 @@ Grounding = Annotated[
         show_default=False,
     ),
 ]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate, at most.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
+Stored = Annotated[
+    list[str] | None,
+    typer.Option("--stored", metavar="NAME", help="Ask contexts of the store (`icae store ls`); may be given several times."),
+]
+StoreFolder = Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")]
 Refine = Annotated[
     bool | None,
     typer.Option(
@@ -82,12 +96,78 @@ def load_model(model: str | None, base: str | None, device: str, **settings: flo
     return loaded
 
 
+def text_of(source: str, *, literal: bool = True) -> str:
+    """Return the text that `source` names or is.
+
+    Raises
+    ------
+    ICAEError
+        If it is empty, or looks like the path of a file that is not there.
+    """
+    from icae.data import decoded, read_text
+
+    if not source.strip():
+        text = ""
+    elif source == "-":
+        if sys.stdin.isatty():
+            say("reading standard input, until Ctrl-D ...")
+        text = decoded(sys.stdin.buffer.read(), "standard input")
+    elif not literal or os.path.exists(source) or not any(c.isspace() for c in source):
+        text = read_text(source)
+    elif re.fullmatch(r"[^\n]{1,200}\.(txt|md|rst|text|py|json|html?|pdf)", source):
+        raise ICAEError(f"no file at {source}; if that is the text itself, give it on standard input: echo ... | icae ... -")
+    else:
+        text = source
+    if not text.strip():
+        raise ICAEError("the text is empty; give a text of at least two tokens")
+    return text
+
+
+def open_store(folder: Path | None, blobs: str | None = None, *, make: bool = False) -> SlotStore:
+    """Open the store; one that was named outright and is not there is made only where `make` says so."""
+    from icae.store import SlotStore
+
+    if folder is not None and not make and not (folder / "catalogue.sqlite").is_file():
+        raise ICAEError(f"no store at {folder}; `icae store add FILE --store {folder}` makes one")
+    return SlotStore(folder, blobs=blobs)
+
+
+def from_store(names: list[str], folder: Path | None) -> MemorySlots:
+    """Return the slots of stored contexts, several of them joined as documents; raises `ICAEError` for a name that is not there."""
+    from icae.slots import MemorySlots
+
+    kept = open_store(folder)
+    return MemorySlots.concatenate([kept.load(name) for name in dict.fromkeys(names)])
+
+
+def sampling_of(temperature: float, seed: int) -> Sampling:
+    """Return how tokens are chosen: the likeliest, or drawn by the seed."""
+    from icae.reader import Sampling
+
+    return Sampling(temperature=temperature, seed=seed if temperature else None)
+
+
 def print_results(results: Any, as_json: bool, plain: Callable[[], None]) -> None:
     """Print results: as JSON, or in the plain way."""
     if as_json:
         print(json.dumps(results, ensure_ascii=False))
     else:
         plain()
+
+
+def print_stream(name: str, pieces: Iterator[str], as_json: bool, **about: int) -> None:
+    """Print what is generated, as it comes, or as JSON when it is whole."""
+    if as_json:
+        print(json.dumps({name: "".join(pieces).strip(), **about}, ensure_ascii=False))
+    else:
+        print_pieces(pieces)
+
+
+def print_pieces(pieces: Iterator[str]) -> None:
+    """Print pieces of text as they come."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def print_table(columns: list[str], rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,74 @@
+"""`icae ask`: one question about a text, from its slots. Heavy imports inside the command, as in cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from icae.errors import ICAEError
+from icae.terminal import (
+    BaseName,
+    Device,
+    Focus,
+    Grounding,
+    Json,
+    MaxTokens,
+    Model,
+    Seed,
+    Stored,
+    StoreFolder,
+    Temperature,
+    from_store,
+    load_model,
+    print_stream,
+    sampling_of,
+    say,
+    text_of,
+)
+
+
+def ask(
+    slots: Annotated[str, typer.Argument(help="A slot file; with --stored or --text, the question itself.", show_default=False)],
+    question: Annotated[str | None, typer.Argument(help="The question or instruction.", show_default=False)] = None,
+    stored: Stored = None,
+    store: StoreFolder = None,
+    text: Annotated[Path | None, typer.Option("--text", help="Ask this text file in full, uncompressed, for comparison.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    focus: Focus = None,
+    grounding: Grounding = None,
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Ask about a text, from its slots (or, with --text, from the full text)."""
+    from icae.slots import MemorySlots
+
+    instead = [name for name, given in (("--stored NAME", stored), ("--text FILE", text)) if given]
+    if len(instead) > 1 or (instead and question is not None):
+        raise ICAEError(f"give either {' or '.join(instead) if len(instead) > 1 else f'a slot file or {instead[0]}'}, not both")
+    if not instead and question is None:
+        raise ICAEError('the question is missing: icae ask slots.safetensors "What ...?"')
+    prompt = slots if question is None else question
+    if not prompt.strip():
+        raise ICAEError("the question is empty")
+    about: dict[str, Any] = {}
+    if text is not None:
+        from icae.chat import full_text
+
+        loaded, prompt = None, full_text(text_of(str(text), literal=False), prompt)
+        icae = load_model(model, base, device)
+    else:
+        loaded = from_store(stored, store) if stored else MemorySlots.load(slots)
+        icae = load_model(model, base, device, focus=focus, grounding=grounding)
+        about["segments"] = len(loaded.segments)
+        loaded = icae.focused(loaded, prompt)
+        about["segments_asked"] = len(loaded.segments)
+    pieces = icae.stream_answer(loaded, prompt, max_new_tokens=max_tokens, sampling=sampling_of(temperature, seed))
+    print_stream("answer", pieces, as_json, **about)
+    if not as_json and about and about["segments_asked"] < about["segments"]:
+        say("from {segments_asked} of {segments} segments, those that the question is about; --focus 0 asks all".format(**about))
