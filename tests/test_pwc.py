@@ -286,9 +286,14 @@ def test_build_and_check_on_the_command_line(icae, tmp_path):  # noqa: F811
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"input": t, "prompt": "What?", "answer": t[:20]}) + "\n" for t in LINES) + "{\n")
     code, out, _ = icae("data", "check", "t.jsonl", "--base", base, "--json")
     result = json.loads(out)
-    assert (code, result["rows"], result["good"], result["usable"], result["contexts"]) == (0, 5, 4, False, 4)
+    assert (code, result["rows"], result["good"], result["usable"], result["contexts"]) == (1, 5, 4, False, 4)
     assert "line 5" in result["bad"][0] and result["context_tokens"]["most"] > 20
     assert "bad: t.jsonl, line 5" in icae("data", "check", "t.jsonl")[1]
+    (tmp_path / "bad.jsonl").write_text("{\n" * 25)
+    code, out, _ = icae("data", "check", "bad.jsonl")
+    assert code == 1 and out.count("bad: ") == 20 and "and 5 more" in out
+    (tmp_path / "good.jsonl").write_text("".join((tmp_path / "t.jsonl").read_text().splitlines(keepends=True)[:4]))
+    assert icae("data", "check", "good.jsonl")[0] == 0
     for arguments, words in (
         (("data", "build", "books", "out.txt"), ".jsonl"),
         (("data", "build", "books", "o.jsonl", "--texts", 0), "texts"),

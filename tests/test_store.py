@@ -539,6 +539,21 @@ def test_the_commands(checkpoint, tmp_path):
     assert json.loads(run("gc", "--max-bytes", "0", *at))["bytes"] == 0
 
 
+def test_what_is_no_text_in_a_folder_is_told_and_left_out(checkpoint, tmp_path):
+    texts, at = tmp_path / "texts", ["--model", checkpoint, "--store", tmp_path / "store"]
+    texts.mkdir()
+    (texts / "a.txt").write_bytes(b"\xff\xfe\xff")
+    (texts / "b.txt").write_text(" \n")
+    (texts / "c.txt").write_text("a")
+    one_line(run("add", texts, *at), "nothing in", "texts")
+    (texts / "d.txt").write_text(" ".join(LINES))
+    result = CliRunner().invoke(app, [str(a) for a in ["add", texts, *at]])
+    assert result.exit_code == 0 and [e.name for e in SlotStore(tmp_path / "store").entries()] == [str(texts / "d.txt")]
+    for name, why in (("a.txt", "UTF-8"), ("b.txt", "is empty"), ("c.txt", "two tokens")):
+        assert any(name in line and why in line and "left out" in line for line in result.stderr.splitlines())
+    one_line(run("add", texts / "a.txt", *at), "UTF-8")  # named itself, it is a mistake
+
+
 @pytest.mark.parametrize(
     "arguments, part",
     [

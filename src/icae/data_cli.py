@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Json, progress
+from icae.terminal import Json, print_results, progress
 
 if TYPE_CHECKING:
     from icae.pwc.teachers import Teacher
+
+_SHOWN = 20
+"""Bad lines that are named, but with --json."""
 
 app = typer.Typer(help="Make and check triples of context, prompt and response.", no_args_is_help=True)
 
@@ -79,7 +82,7 @@ def check(
     least: Annotated[int, typer.Option(help="Fewest tokens of a context: the ratio, so that it fills a slot (with --base).")] = 4,
     as_json: Json = False,
 ) -> None:
-    """Count what fine-tuning would read, and name every bad line."""
+    """Count what fine-tuning would read, and name bad lines; exits with 1 where there are too many of them to train on it."""
     from icae.base import load_base
     from icae.pwc.filters import refusal
     from icae.triples import read_triples
@@ -104,14 +107,19 @@ def check(
     if loaded is not None and found.good:
         lengths = sorted(len(loaded.encode(t.context)) for t in found.good)
         results["context_tokens"] = {"median": lengths[len(lengths) // 2], "most": lengths[-1]}
-    if as_json:
-        print(json.dumps(results, ensure_ascii=False))
-        return
-    for name, value in results.items():
-        if name != "bad":
-            print(f"{name:16} {value}")
-    for note in found.bad:
-        print(f"bad: {note}")
+
+    def plain() -> None:
+        for name, value in results.items():
+            if name != "bad":
+                print(f"{name:16} {value}")
+        for note in found.bad[:_SHOWN]:
+            print(f"bad: {note}")
+        if len(found.bad) > _SHOWN:
+            print(f"... and {len(found.bad) - _SHOWN} more; --json names all")
+
+    print_results(results, as_json, plain)
+    if not found.usable:
+        raise typer.Exit(1)
 
 
 def _teacher(

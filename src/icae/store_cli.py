@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 
 from icae.errors import ICAEError
 from icae.segments import check_ratio
-from icae.terminal import Json, Polish, StoreFolder, load_model, open_store, print_table, progress
+from icae.terminal import Json, Polish, StoreFolder, load_model, open_store, print_table, progress, say
 
 if TYPE_CHECKING:
     from icae.catalogue import Entry
@@ -44,19 +46,24 @@ def add(
     if name is not None:
         if len(texts) != 1:
             raise ICAEError(f"--name names one text, these are {len(texts)}; leave it away")
-        texts = [(name, texts[0][1], texts[0][2])]
+        texts = [dataclasses.replace(texts[0], name=name)]
     kept = open_store(store, blobs, make=True)
 
     icae = load_model(model, base, device, polish=polish)
     rows = []
-    for label, source, text in texts:
+    for t in texts:
+        if t.found and len(icae.base.encode(t.text)) < 2:
+            say(f"{t.source} has less than two tokens, left out")
+            continue
         begin = time.perf_counter()
-        with progress(f"compressing {label}") as tick:
-            added = kept.add(icae, text, label, source=source, ratio=ratio, dtype=dtype, progress=tick)
+        with progress(f"compressing {t.name}") as tick:
+            added = kept.add(icae, t.text, t.name, source=t.source, ratio=ratio, dtype=dtype, progress=tick)
         row = {**_row(added.entry), "fresh": added.fresh, "seconds": time.perf_counter() - begin}
         rows.append(row)
         if not as_json:
-            print(f"{label}: {row['tokens']} tokens, {row['slots']} slots, {added.fresh} of {row['chapters']} chapters compressed")
+            print(f"{t.name}: {row['tokens']} tokens, {row['slots']} slots, {added.fresh} of {row['chapters']} chapters compressed")
+    if not rows:
+        raise ICAEError(f"nothing in {' '.join(sources)} is a text to compress; the store is as it was")
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
 
@@ -166,25 +173,34 @@ def import_(
     print(json.dumps({"imported": names}, ensure_ascii=False) if as_json else f"imported {len(names)} contexts")
 
 
-def _texts(sources: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, source, text) of every file that `sources` name, folders looked through for texts."""
+@dataclass(frozen=True)
+class _Text:
+    name: str
+    source: str
+    text: str
+    found: bool = False
+    """In a folder, not named itself."""
+
+
+def _texts(sources: list[str]) -> Iterator[_Text]:
+    """Yield every text that `sources` name; what a folder holds and cannot be read as a text is told and left out."""
     from icae.data import decoded, read_text
 
     for source in sources:
         if source == "-":
             text = decoded(sys.stdin.buffer.read(), "standard input")
-            yield "stdin", "standard input", _filled(text, "standard input")
+            yield _Text("stdin", "standard input", _filled(text, "standard input"))
         elif Path(source).is_dir():
             files = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in _TEXTS and p.is_file())
             if not files:
                 raise ICAEError(f"folder {source} holds no texts ({', '.join(_TEXTS)})")
             for file in files:
-                if (text := read_text(str(file))).strip():
-                    yield str(file), str(file), text
-                else:
-                    print(f"{file} is empty, left out", file=sys.stderr)
+                try:
+                    yield _Text(str(file), str(file), _filled(read_text(str(file)), str(file)), found=True)
+                except ICAEError as error:
+                    say(f"left out: {error}")
         else:
-            yield source, source, _filled(read_text(source), source)
+            yield _Text(source, source, _filled(read_text(source), source))
 
 
 def _date(seconds: float) -> str:
