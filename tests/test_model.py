@@ -376,14 +376,14 @@ def test_states_are_compared_with_those_of_who_reads_the_full_text(base, kind):
     assert apart - together == pytest.approx(3 * float(torch.stack(away).mean()), rel=1e-3)
 
 
-def test_responses_have_a_teacher_of_their_own_where_one_is_given(base):
-    """A tutor that reads as the base does changes nothing; another one changes what is learned from responses, and nothing else."""
+def test_a_tuned_base_teaches_what_is_meant_for_it_where_one_is_given(base):
+    """A tutor that reads as the base does changes nothing; another one changes what is learned from its own samples, and nothing else."""
     from icae.decoder import Decoder
     from icae.reader import Reader
 
     model = make_icae(base, stirred=0.05)
-    response = dataclasses.replace(taught(base, *random_ids(4, 9)), align=1.0)
-    going_on = dataclasses.replace(response, marker=Marker.LM)
+    response = dataclasses.replace(taught(base, *random_ids(4, 9)), align=1.0, tuned=True)
+    going_on = dataclasses.replace(response, tuned=False)
     other = copy.deepcopy(base.model)
     with torch.no_grad():
         next(other.parameters()).mul_(1.5)

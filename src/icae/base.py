@@ -107,6 +107,11 @@ class Base:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     @property
+    def byline(self) -> str:
+        """What responses that the base wrote are signed with (`icae data build --teacher base`)."""
+        return f"base {self.fingerprint[:12]}"
+
+    @property
     def eos_ids(self) -> list[int]:
         """Ids that end a generation: the tokenizer's EOS, those of the base's generation config, and the chat template's end of turn."""
         config = getattr(self.model.generation_config, "eos_token_id", None)

@@ -201,7 +201,9 @@ class TrainConfig(_Config):
         "When fine-tuning: weight of the KL to the base's own distribution with the full text; the response itself has the rest.",
     )
     teacher: str | None = setting(
-        None, "When fine-tuning: PEFT adapter of the base that answers with the full text; it teaches the responses. None: the base itself."
+        None,
+        "When fine-tuning: PEFT adapter of the base that answers with the full text; it teaches the responses, but those that the base "
+        "wrote (`icae data build`), which the base itself teaches. None: the base itself teaches all.",
     )
     align: float = setting(
         0.0,

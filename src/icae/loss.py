@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from icae.objectives import Marker
 from icae.reader import Read, Reader
 from icae.segments import alike
 from icae.slots import SlotBatch
@@ -39,7 +38,7 @@ def batch_loss(
     markers, text_ids, real, scored, weights, teacher
         As `objectives.collate` makes them, on the CPU: (B,) int64; (B, T) int64, bool, bool and float32; the taught samples' texts.
     tutor : Reader, optional
-        Who teaches responses; none: the frozen decoder, as everything else.
+        Who teaches the samples that are for the fine-tuned base; none: the frozen decoder, as all others.
     """
     widths, device = real.sum(1).tolist(), reader.base.device
     taught = {} if teacher is None else {b: t for t, b in enumerate(teacher["rows"].tolist())}
@@ -57,8 +56,8 @@ def batch_loss(
             assert teacher is not None
             here, there = (torch.tensor(side) for side in zip(*pupils, strict=True))
             share[here] *= 1 - teacher["weights"][there][:, None]
-            answers = (markers[rows][here] == Marker.FT) & (tutor is not None)
-            for who, theirs in ((reader, ~answers), (tutor, answers)):
+            tuned = teacher["tuned"][there] & (tutor is not None)
+            for who, theirs in ((reader, ~tuned), (tutor, tuned)):
                 if who is not None and theirs.any():
                     lesson = {name: t[there[theirs]] for name, t in teacher.items()}
                     mine = read._replace(logits=logits)

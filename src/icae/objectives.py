@@ -46,7 +46,9 @@ class Example:
     ratio: int | None = None
     """Compression ratio, the same for all samples of a batch; none: the checkpoint's own."""
     teacher: list[int] = field(default_factory=list)
-    """The prompt with the full text in it, for the base alone to read before the target; empty: nobody teaches."""
+    """The prompt with the full text in it, for the teacher to read before the target; empty: nobody teaches."""
+    tuned: bool = False
+    """The teacher is the run's fine-tuned base, where it has one; false: the base as published."""
     distil: float = 0.0
     """What the teacher says counts so much of the loss, the target itself the rest."""
     align: float = 0.0
@@ -95,8 +97,9 @@ def collate(examples: list[Example]) -> dict[str, object]:
     dict
         segment_ids (S, L) int64 and lengths (S), all different segments; groups (B), the segments of each context; markers (B);
         text_ids (B, T) int64, prompt and target; real (B, T) and scored (B, T) bool, weights (B, T) float32, 0 where not scored; ratio.
-        Where samples have a teacher, `teacher` holds their rows (R), their `distil` as weights (R), their `align` as aligned (R), how many
-        tokens at the end both texts share (R) and, like the text, ids, real and scored, each (R, U).
+        Where samples have a teacher, `teacher` holds their rows (R), their `distil` as weights (R), their `align` as aligned (R), whether
+        they are for the fine-tuned base (R), how many tokens at the end both texts share (R) and, like the text, ids, real and scored,
+        each (R, U).
     """
     numbers: dict[tuple[int, ...], int] = {}
     groups = [[numbers.setdefault(tuple(segment), len(numbers)) for segment in e.segments] for e in examples]
@@ -118,11 +121,9 @@ def collate(examples: list[Example]) -> dict[str, object]:
         ids, real, scored = _texts([(examples[b].teacher, examples[b].target, examples[b].unscored) for b in rows])
         distil, align = (torch.tensor([share(examples[b]) for b in rows]) for share in (lambda e: e.distil, lambda e: e.align))
         shared = [len(examples[b].target) + _ending(examples[b].prompt, examples[b].teacher) for b in rows]
-        batch["teacher"] = {"rows": torch.tensor(rows), "weights": distil, "aligned": align, "shared": torch.tensor(shared)} | {
-            "ids": ids,
-            "real": real,
-            "scored": scored,
-        }
+        tuned = torch.tensor([examples[b].tuned for b in rows])
+        about = {"rows": torch.tensor(rows), "weights": distil, "aligned": align, "tuned": tuned, "shared": torch.tensor(shared)}
+        batch["teacher"] = about | {"ids": ids, "real": real, "scored": scored}
     return batch
 
 

@@ -40,6 +40,8 @@ class Triple:
     prompt: str
     response: str
     answers: tuple[str, ...]
+    teacher: str = ""
+    """Who wrote the response, where `icae data build` did."""
 
 
 def load_triples(source: str, base: Base | None = None, *, least: int = 2, most: int | None = None) -> list[Triple]:
@@ -219,7 +221,7 @@ def _triple(row: Any) -> Triple:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise ValueError("answers is no list of texts")
-    return Triple(context, prompt, answer, tuple(answers))
+    return Triple(context, prompt, answer, tuple(answers), str(row.get("teacher", "")))
 
 
 class Triples(Dataset):
@@ -265,7 +267,8 @@ class Triples(Dataset):
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
         segments = self._among_others(index, triple, example.segments, room, ratio)
-        return replace(example, segments=segments, teacher=teacher, distil=t.distil, align=t.align, ratio=drawn)
+        tuned = not triple.teacher.startswith(self.base.byline)  # how its own response goes on, the base itself knows best
+        return replace(example, segments=segments, teacher=teacher, tuned=tuned, distil=t.distil, align=t.align, ratio=drawn)
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""

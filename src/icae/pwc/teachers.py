@@ -76,7 +76,7 @@ class BaseTeacher:
     def __init__(self, base: Base, *, prompts: int = 6, max_tokens: int = 96, temperature: float = 0.0, seed: int = 0, together: int = 4):
         self.base, self.decoder = base, Decoder(base)
         self.prompts, self.max_tokens, self.temperature, self.seed, self.together = prompts, max_tokens, temperature, seed, together
-        self.name = f"base {base.fingerprint[:12]}, {prompts} prompts, temperature {temperature:g}"
+        self.name = f"{base.byline}, {prompts} prompts, temperature {temperature:g}"
 
     def most(self, text: str) -> int:
         """Return the tokens that asking about a text may cost at most."""
