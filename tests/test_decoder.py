@@ -8,7 +8,8 @@ from tiny import base_logits, make_icae, prefix_as_slots, prefix_cache, random_i
 from icae.decoder import Decoder
 from icae.objectives import Marker, padded
 from icae.reader import GREEDY
-from icae.slots import MemorySlots, Origin, Segment, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots, Origin, Segment
 
 
 def inputs(base, rows, first=0):

@@ -3,7 +3,8 @@ from tiny import LINES, assert_same_slots, make_icae, prefix_as_slots, prefix_ca
 
 from icae.decoder import Decoder
 from icae.objectives import autoencoding, collate, continuation
-from icae.slots import MemorySlots, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots
 
 
 def test_compress_read_back_and_train(family_base, kind, layout):

@@ -10,7 +10,8 @@ from icae.chat import chat_prompt
 from icae.errors import ICAEError
 from icae.objectives import Marker, autoencoding, collate, continuation, instruction
 from icae.reader import GREEDY, Sampling
-from icae.slots import MemorySlots, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots
 
 TEXT = " ".join(LINES)
 

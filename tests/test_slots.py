@@ -10,7 +10,8 @@ from tiny import assert_same_slots, one_line, random_slots
 
 import icae.atomic
 from icae.errors import ICAEError
-from icae.slots import MemorySlots, SlotBatch, rotated
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots, rotated
 
 SEGMENTS = [((8, 2, 8),), ((9, 3, 9), (8, 2, 8)), ((4, 1, 4), (4, 1, 4), (3, 1, 3))]
 

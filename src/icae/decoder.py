@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from icae.base import Base, cached
-from icae.slots import SlotBatch
+from icae.slot_batch import SlotBatch
 
 
 class Guide(Protocol):

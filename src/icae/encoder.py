@@ -22,7 +22,8 @@ from icae.config import ICAEConfig
 from icae.errors import ICAEError
 from icae.fused import effective_weights
 from icae.segments import positions, slot_count
-from icae.slots import Segment, SlotBatch, filled, rotated
+from icae.slot_batch import SlotBatch, filled
+from icae.slots import Segment, rotated
 
 
 class Encoder(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from icae.reader import Read, Reader
 from icae.segments import alike
-from icae.slots import SlotBatch
+from icae.slot_batch import SlotBatch
 
 
 def batch_loss(

@@ -32,7 +32,8 @@ from icae.polish import polish as polished
 from icae.reader import GREEDY, Reader, Sampling, Score
 from icae.refine import Refined, refine, tolerance
 from icae.segments import alike, check_ratio, cut, slot_count
-from icae.slots import MemorySlots, Origin, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots, Origin
 
 Slots = MemorySlots | Sequence[MemorySlots]
 

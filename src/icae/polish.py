@@ -23,7 +23,8 @@ from icae.loss import batch_loss
 from icae.matmul import fast_linear
 from icae.objectives import Example, Marker, collate
 from icae.reader import Reader
-from icae.slots import MemorySlots, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots
 
 RATE = 0.03
 """How far a number moves a step, at most, in root mean squares of its tensor's layer: at 4x; elsewhere by the root of the ratio."""

@@ -16,7 +16,8 @@ from icae.config import ICAEConfig
 from icae.decoder import Decoder, Guide
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker, collate, padded
-from icae.slots import MemorySlots, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from icae.experiments.context import Context, hashes
 from icae.experiments.table import Cell, Column, Table
 from icae.model import ICAE
 from icae.objectives import Marker
-from icae.slots import MemorySlots, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots
 
 NEEDS = ("main", "text")
 QUICK = {"batches": (1, 8), "contexts": (512,), "generated": 16, "repeats": 2}

@@ -20,7 +20,8 @@ from icae.endpoint import connect, reply
 from icae.errors import ICAEError
 from icae.objectives import padded
 from icae.pwc.prompts import BRIEFLY, Prompt, plan, question, replied, request
-from icae.slots import MemorySlots, Origin, Segment, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots, Origin, Segment
 
 
 @dataclass(frozen=True)

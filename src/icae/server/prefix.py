@@ -24,7 +24,8 @@ from icae.reader import Sampling
 from icae.server.attention import Layers, alone, shareable, sharing
 from icae.server.lately import Lately
 from icae.server.row import Row
-from icae.slots import MemorySlots, SlotBatch
+from icae.slot_batch import SlotBatch
+from icae.slots import MemorySlots
 
 PREFILL = 128
 """Prompt tokens read at once, between two steps of the others."""
