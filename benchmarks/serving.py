@@ -40,6 +40,7 @@ from icae.reader import GREEDY
 from icae.report import commit, write_report
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill
+from icae.stepwise import finished
 
 QUESTIONS = [
     "What is this text about?",
@@ -133,7 +134,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     context = bench.contexts(size.context)[0]
     prefix = Prefixes(model, 1 << 40).put("x", bench.store.load(context.name))
     question = chat_prompt(model.base.tokenizer, QUESTIONS[0])
-    row = _finish(prefill(model, prefix, None, model.base.embed(torch.tensor(question)), size.answer, GREEDY))
+    row = finished(prefill(model, prefix, None, model.base.embed(torch.tensor(question)), size.answer, GREEDY))
     batch = Batch(model)
     batch.join(row)
     slots = {"context": prefix.bytes, "whole": prefix.bytes + sum(_bytes(layer) for layer in batch.layers)}  # they share the context
@@ -235,15 +236,6 @@ def _long_answers(server: Served, contexts: list[Context], size: Size) -> list[t
     if not long:
         raise SystemExit(f"no answer of this checkpoint has {size.answer} tokens: there is nothing to compare")
     return long
-
-
-def _finish(work: Any) -> Any:
-    """Run a generator to its end and return its value."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
 
 
 def _bytes(layer: Any) -> int:

@@ -10,6 +10,7 @@ from icae.errors import ICAEError
 from icae.focus import asked, chosen, focus, gained, likelihoods, relevant
 from icae.objectives import Example, Marker
 from icae.slots import MemorySlots
+from icae.stepwise import finished
 
 
 @pytest.fixture
@@ -67,12 +68,7 @@ def test_a_prompt_that_names_what_it_is_about_is_read_after_no_segment(model, mo
 
     def numbers(prompt, slots=slots):
         read.clear()
-        steps = relevant(model.reader, slots, model.base.encode(prompt), 4)
-        try:
-            while True:
-                next(steps)
-        except StopIteration as end:
-            return end.value
+        return finished(relevant(model.reader, slots, model.base.encode(prompt), 4))
 
     last = len(slots.segments) - 1
     assert numbers("What do quarrelsome zebras juxtapose?")[-1] == last and not read

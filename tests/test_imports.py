@@ -33,6 +33,7 @@ LEVELS = {
     "focus": 6,
     "grounding": 0,
     "overlap": 0,
+    "stepwise": 0,
     "model": 9,
     "checkpoint": 10,
     "data": 10,

@@ -7,6 +7,7 @@ from icae.errors import ICAEError
 from icae.objectives import Example, Marker
 from icae.polish import polish
 from icae.refine import TOLERANCE
+from icae.stepwise import finished
 
 
 def losses(model, slots, texts):
@@ -44,6 +45,16 @@ def test_slots_keep_their_form_and_tell_their_steps(model):
     assert polish(model.reader, [plain], [ids], 0) == [plain]
     half = plain.split()[0].to(torch.float16)
     assert {t.dtype for t in polish(model.reader, [half], [ids[: half.tokens]], 1)[0].tensors.values()} == {torch.float16}
+
+
+def test_other_work_may_go_between_its_steps(model):
+    texts = random_ids(16, 9, 12)
+    steps, said = model.compressing(texts, polish=2, batch_size=1), []
+    made = finished(steps, said.append)
+    assert said == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]  # each segment: written, two steps, done
+    at_once = model.compress_segments(texts, polish=2, batch_size=1)
+    assert all(torch.equal(a.tensors[name], b.tensors[name]) for a, b in zip(made, at_once, strict=True) for name in a.tensors)
+    assert not any(t.requires_grad for s in made for t in s.tensors.values())
 
 
 def test_inference_mode_is_no_obstacle(model):

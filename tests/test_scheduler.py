@@ -16,6 +16,7 @@ from icae.server.prefix import Prefixes, prefill
 from icae.server.row import Row
 from icae.server.scheduler import Closing, Done, Failed, Full, Job, Scheduler, Token
 from icae.slots import MemorySlots
+from icae.stepwise import finished
 
 
 def begin(model, ids, slots=None, limit=12, sampling=GREEDY, marker=Marker.FT):
@@ -23,14 +24,6 @@ def begin(model, ids, slots=None, limit=12, sampling=GREEDY, marker=Marker.FT):
     prefix = None if slots is None else Prefixes(model, 1 << 30).put("x", slots)
     prompt = model.base.embed(torch.tensor(ids, dtype=torch.long))
     return prefill(model, prefix, None if slots is None else marker, prompt, limit, sampling)
-
-
-def finish(work):
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
 
 
 def alone(model, ids, slots=None, limit=12, sampling=GREEDY):
@@ -74,7 +67,7 @@ def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch, guesses):
     while waiting or batch.rows:
         if waiting and (steps % 3 == 0 or not batch.rows):
             i = waiting.pop(0)
-            rows[i] = finish(begin(model, **asked[i]))
+            rows[i] = finished(begin(model, **asked[i]))
             if rows[i].finished is None:
                 batch.join(rows[i])
         if batch.rows:
@@ -101,7 +94,7 @@ def test_rows_that_share_contexts_answer_as_alone(model, monkeypatch, shares):
             asked[i]["slots"] = None if prefix is None else contexts[i % 4]
             prompt = model.base.embed(torch.tensor(asked[i]["ids"]))
             marker = None if prefix is None else Marker.FT
-            rows.append(finish(prefill(model, prefix, marker, prompt, asked[i]["limit"], asked[i]["sampling"])))
+            rows.append(finished(prefill(model, prefix, marker, prompt, asked[i]["limit"], asked[i]["sampling"])))
             if rows[-1].finished is None:
                 batch.join(rows[-1])
         del waiting[:2]
@@ -122,7 +115,7 @@ def test_a_context_that_several_rows_read_takes_its_memory_once(model):
     batch = Batch(model)
     for i in range(4):
         prompt = model.base.embed(torch.tensor(random_ids(6, seed=i)[0]))
-        batch.join(finish(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)))
+        batch.join(finished(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)))
     batch.step()
     assert batch.layers[0].keys.shape[2] < slots.count and not batch.contexts.bytes
 
@@ -132,7 +125,7 @@ def test_families_with_sliding_windows_answer_as_alone(family_base, monkeypatch,
     model = make_icae(family_base, kind="embedding", stirred=0.05)
     asked = [{**r, "limit": 30} for r in requests(model, 5)]
     guess_now_and_then_wrongly(monkeypatch, [alone(model, **a) for a in asked])
-    batch, rows = Batch(model, guesses), [finish(begin(model, **a)) for a in asked]
+    batch, rows = Batch(model, guesses), [finished(begin(model, **a)) for a in asked]
     for row in rows:
         if row.finished is None:
             batch.join(row)
@@ -148,9 +141,9 @@ def test_families_with_sliding_windows_answer_as_alone(family_base, monkeypatch,
 
 def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ICAEError, match="512; shorten"):
-        finish(begin(model, random_ids(500)[0], limit=13))
+        finished(begin(model, random_ids(500)[0], limit=13))
     with pytest.raises(ICAEError, match="empty"):
-        finish(begin(model, []))
+        finished(begin(model, []))
 
 
 def test_hot_prefixes_are_kept_within_bytes(model):
@@ -168,7 +161,7 @@ def test_hot_prefixes_are_kept_within_bytes(model):
 
 
 def test_the_buffer_holds_what_the_answers_may_need_and_no_more(model):
-    batch, row = Batch(model), finish(begin(model, random_ids(100)[0], limit=10))
+    batch, row = Batch(model), finished(begin(model, random_ids(100)[0], limit=10))
     batch.join(row)
     while row.finished is None:
         batch.step()
@@ -181,7 +174,7 @@ def test_reading_a_prompt_leaves_its_prefix_as_it_was(model):
     prefix = Prefixes(model, 1 << 30).put("x", slots)
     before = [t.clone() for pair in prefix.layers for t in pair]
     prompt = model.base.embed(torch.tensor(random_ids(9)[0]))
-    made = [finish(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)) for _ in range(2)]
+    made = [finished(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)) for _ in range(2)]
     batch = Batch(model)
     for row in made:
         batch.join(row)
@@ -195,7 +188,7 @@ def test_guesses_change_no_answer_and_save_steps_where_they_are_right(model, mon
     """Of the guesses of each step, the one at place `wrong` is."""
     ids, slots = random_ids(5)[0], model.compress_ids(random_ids(40))[0]
     due, steps = alone(model, ids, slots, 40, sampling), 0
-    batch, row = Batch(model, 4), finish(begin(model, ids, slots, 40, sampling))
+    batch, row = Batch(model, 4), finished(begin(model, ids, slots, 40, sampling))
 
     def guess(row, most):
         n = len(row.ids)
@@ -215,7 +208,7 @@ def test_rows_that_guess_together_answer_as_alone_and_their_gaps_are_closed(mode
     asked = [{**r, "limit": 150, "sampling": GREEDY} for r in requests(model, 4)]
     answers, sizes = [alone(model, **a) for a in asked], []
     guess_now_and_then_wrongly(monkeypatch, answers)
-    batch, rows = Batch(model, 4), [finish(begin(model, **a)) for a in asked]
+    batch, rows = Batch(model, 4), [finished(begin(model, **a)) for a in asked]
     for row in rows:
         batch.join(row)
     while batch.rows:
@@ -238,7 +231,7 @@ def test_a_full_batch_guesses_little_so_that_a_step_stays_short(model):
 
 
 def test_guesses_are_what_came_next_before(model):
-    row = finish(begin(model, [5, 6, 7, 8, 5, 9], limit=30))
+    row = finished(begin(model, [5, 6, 7, 8, 5, 9], limit=30))
     row.prompt, row.ids = [1, 2, 3, 4, 5, 9, 2, 3], [6, 5, 9]
     assert row.guess(3) == [2, 3, 6] and row.guess(0) == []
     row.ids = [1, 2, 3]
@@ -253,7 +246,7 @@ def counted(model, monkeypatch, work):
     """A finished generation's row, and how many input embeddings the base read for it."""
     read, forward = [], model.base.model.forward
     monkeypatch.setattr(model.base.model, "forward", lambda **kw: (read.append(kw["inputs_embeds"].shape[1]), forward(**kw))[1])
-    row = finish(work)
+    row = finished(work)
     monkeypatch.setattr(model.base.model, "forward", forward)
     return row, sum(read)
 
@@ -270,7 +263,7 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
         logits = row.logits
         prefixes.follow("x", prefix, marker, ids, row)
         assert prefixes.bytes == prefixes.kept["x"].bytes
-        torch.testing.assert_close(logits, finish(begin(model, ids, slots, marker=marker)).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, finished(begin(model, ids, slots, marker=marker)).logits, atol=1e-4, rtol=0)
         return read
 
     assert ask(first) == lead + 20
@@ -281,7 +274,7 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
     assert ask(first, Marker.LM) == lead + 20
     prefixes.drop("x")
     prefix = prefixes.put("y", slots)
-    row = finish(prefill(model, prefix, Marker.FT, model.base.embed(torch.tensor(first)), 12, GREEDY, first))
+    row = finished(prefill(model, prefix, Marker.FT, model.base.embed(torch.tensor(first)), 12, GREEDY, first))
     prefixes.follow("x", prefix, Marker.FT, first, row)  # was dropped meanwhile
     assert list(prefixes.kept) == ["y"]
     monkeypatch.setattr(prefix_room, "FOLLOWED", 5)
@@ -523,4 +516,4 @@ def test_closing_fails_what_does_not_end(scheduler):
 def test_slots_of_several_contexts_are_one_prefix(model):
     parts = [model.compress_ids(random_ids(n, seed=n))[0] for n in (20, 33)]
     joined = MemorySlots.concatenate(parts)
-    assert finish(begin(model, [5, 6, 7], joined, limit=1)).ids == alone(model, [5, 6, 7], joined, limit=1)
+    assert finished(begin(model, [5, 6, 7], joined, limit=1)).ids == alone(model, [5, 6, 7], joined, limit=1)

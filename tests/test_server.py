@@ -401,9 +401,9 @@ def test_many_clients_get_their_own_answers(client, model, store, monkeypatch):
 
 
 def test_equal_texts_at_the_same_time_are_compressed_once(model, store):
-    counted, compress = [], model.compress_segments
+    counted, compress = [], model.compressing
     with TestClient(create_app(model, store)) as client, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "compress_segments", lambda contexts, **kw: (counted.extend(map(len, contexts)), compress(contexts, **kw))[1])
+        patch.setattr(model, "compressing", lambda contexts, **kw: (counted.extend(map(len, contexts)), compress(contexts, **kw))[1])
         threads = [threading.Thread(target=client.post, args=("/v1/contexts",), kwargs={"json": {"text": TEXT}}) for _ in range(4)]
         [t.start() for t in threads], [t.join() for t in threads]
     (entry,) = store.entries()

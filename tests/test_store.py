@@ -19,6 +19,7 @@ from icae.blobs import DTYPES, open_blobs, pack, unpack
 from icae.chapters import SEGMENTS, chapters
 from icae.errors import ICAEError
 from icae.slots import MemorySlots, Origin, Segment
+from icae.stepwise import finished
 from icae.store import SlotStore
 from icae.store_cli import app
 
@@ -35,7 +36,8 @@ class Fake:
     def origin_at(self, ratio):
         return dataclasses.replace(self.origin, ratio=ratio)
 
-    def compress_segments(self, contexts, *, ratio=None, batch_size=8):
+    def compressing(self, contexts, *, ratio=None, batch_size=8):
+        yield 0
         made = []
         for ids in contexts:
             self.compressed += len(ids)
@@ -311,7 +313,7 @@ def test_gc_clears_what_dead_writers_left_but_not_what_is_being_written(store):
 
 @pytest.mark.parametrize("dtype, size, error", [("float32", 4, 0), ("float16", 2, 1e-3), ("bfloat16", 2, 1e-2), ("int8", 1, 1e-2)])
 def test_dtypes_cost_what_they_say(dtype, size, error):
-    slots = Fake().compress_segments([list(range(40, 80))], ratio=1)[0]
+    slots = finished(Fake().compressing([list(range(40, 80))], ratio=1))[0]
     slots = MemorySlots({"embeddings": torch.randn(40, 256)}, slots.positions, slots.segments, slots.origin)
     packed = pack(slots, list(range(40, 80)), dtype)
     assert packed.tensors["embeddings"].element_size() == size

@@ -24,6 +24,7 @@ from icae.objectives import Example, Marker
 from icae.overlap import overlaps
 from icae.reader import Reader
 from icae.slots import MemorySlots
+from icae.stepwise import finished
 
 SHARE = 0.7
 """What has less than this share of the best one's relevance is left out where not all can be read."""
@@ -61,12 +62,7 @@ def focus(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> M
     """
     if not prompt or (len(slots.segments) <= most and not any(slots.documents)):
         return slots
-    steps = relevant(reader, slots, prompt, most)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return selected(slots, end.value)
+    return selected(slots, finished(relevant(reader, slots, prompt, most)))
 
 
 def relevant(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> Generator[None, None, list[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -27,13 +27,13 @@ from icae.focus import asked, focus
 from icae.grounding import Guide, Words
 from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
-from icae.polish import default_steps
-from icae.polish import polish as polished
+from icae.polish import default_steps, polishing
 from icae.reader import GREEDY, Reader, Sampling, Score
 from icae.refine import Refined, refine, tolerance
 from icae.segments import alike, check_ratio, cut, slot_count
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots, Origin
+from icae.stepwise import finished, saying
 
 Slots = MemorySlots | Sequence[MemorySlots]
 
@@ -223,18 +223,39 @@ class ICAE(nn.Module):
         progress: Callable[[int, int], None] | None = None,
     ) -> list[MemorySlots]:
         """Compress segments given as token ids, each of one token or more, as they are; parameters as for `compress_ids`."""
+        steps = self.compressing(rows, ratio=ratio, polish=polish, batch_size=batch_size)
+        return finished(steps, None if progress is None else lambda done: progress(done, len(rows)))
+
+    @torch.no_grad()
+    def compressing(
+        self, rows: Sequence[list[int]], *, ratio: int | None = None, polish: int | None = None, batch_size: int = 8
+    ) -> Generator[int, None, list[MemorySlots]]:
+        """Compress segments step by step: a pass of the encoder, or a gradient step; parameters as for `compress_ids`.
+
+        Yields
+        ------
+        int
+            Segments done.
+
+        Returns
+        -------
+        list of MemorySlots
+            As the generator's value.
+        """
         self.eval()
         if polish is not None and polish < 0:
             raise ICAEError(f"polish must be at least 0, got {polish}; 1 is a good deal better than none, each costs a pass forth and back")
-        origin, made = self.origin_at(ratio, polish), []
+        origin = self.origin_at(ratio, polish)
+        made: list[MemorySlots] = []
         unpolished = dataclasses.replace(origin, polish=0)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths together: less padding
         for at in range(0, len(rows), batch_size):
             batch = [rows[i] for i in order[at : at + batch_size]]
             written = self.encoder(padded(batch).to(self.base.device), [len(r) for r in batch], origin.ratio).rows(unpolished)
-            made += polished(self.reader, written, batch, origin.polish)
-            if progress is not None:
-                progress(len(made), len(rows))
+            if origin.polish:
+                yield len(made)
+            made += yield from saying(len(made), polishing(self.reader, written, batch, origin.polish))
+            yield len(made)
         back = dict(zip(order, made, strict=True))
         return [dataclasses.replace(back[i], ids=torch.tensor(rows[i], dtype=torch.int32)) for i in range(len(rows))]
 

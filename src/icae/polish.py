@@ -13,7 +13,7 @@ It costs a pass of the decoder over the text, forward and back, a step: about tw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,14 @@ from icae.objectives import Example, Marker, collate
 from icae.reader import Reader
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots
+from icae.stepwise import finished
 
 RATE = 0.03
 """How far a number moves a step, at most, in root mean squares of its tensor's layer: at 4x; elsewhere by the root of the ratio."""
 BLOCK = 4
 """Tokens of a slot for which a further step is taken, by default."""
 MOST_STEPS = 9
-"""Steps by default, at most: as many as slots of 32 tokens get; beyond that they take long, in one piece, and find less."""
+"""Steps by default, at most: as many as slots of 32 tokens get; beyond that they take long, and find less."""
 BETAS = (0.8, 0.9)
 """How much of the mean gradient and of the mean squared one is kept from step to step."""
 DAMPING = 0.3
@@ -45,13 +46,18 @@ def default_steps(ratio: int) -> int:
     return min(1 + -(-ratio // BLOCK), MOST_STEPS)
 
 
-def polish(
+def polish(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequence[int]], steps: int) -> list[MemorySlots]:
+    """Polish the slots of single segments, at once; parameters and result as for `polishing`."""
+    return finished(polishing(reader, slots, texts, steps))
+
+
+def polishing(
     reader: Reader,
     slots: Sequence[MemorySlots],
     texts: Sequence[Sequence[int]],
     steps: int,
-) -> list[MemorySlots]:
-    """Polish the slots of single segments.
+) -> Generator[None, None, list[MemorySlots]]:
+    """Polish the slots of single segments, gradient step by gradient step.
 
     Parameters
     ----------
@@ -67,19 +73,21 @@ def polish(
     Returns
     -------
     list of MemorySlots
-        In order, with the same shapes and dtypes, their origin saying so.
+        As the generator's value: in order, with the same shapes and dtypes, their origin saying so.
     """
     made: list[MemorySlots] = []
     while steps and len(made) < len(slots):
         begin, end = len(made), len(made) + 1
         while end < len(slots) and (end + 1 - begin) * max(map(len, texts[begin : end + 1])) <= TOKENS_AT_ONCE:
             end += 1
-        made += _polished(reader, slots[begin:end], texts[begin:end], steps)
+        made += yield from _polished(reader, slots[begin:end], texts[begin:end], steps)
     return made if steps else list(slots)
 
 
 @torch.inference_mode(False)
-def _polished(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequence[int]], steps: int) -> list[MemorySlots]:
+def _polished(
+    reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequence[int]], steps: int
+) -> Generator[None, None, list[MemorySlots]]:
     """Polish segments together."""
     data: Any = collate([Example([], Marker.AE, [], list(ids)) for ids in texts])
     data = [data[name] for name in ("markers", "text_ids", "real", "scored", "weights")]
@@ -101,6 +109,7 @@ def _polished(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequ
             floor = (DAMPING * _size(gradient)) ** 2
             b, name = key
             rows[b][name] = rows[b][name] - rates[b] * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
+        yield
     return [
         dataclasses.replace(
             s,

@@ -29,6 +29,7 @@ from icae.config import FORMAT_VERSION
 from icae.errors import ICAEError
 from icae.segments import check_ratio, cut
 from icae.slots import MemorySlots, Origin
+from icae.stepwise import finished, saying
 
 ORPHAN_SECONDS = 3600
 """Age at which a file that no row lists is taken for a dead writer's, in seconds."""
@@ -43,8 +44,8 @@ class Compressor(Protocol):
     def origin_at(self, ratio: int) -> Origin:
         """Tell all that decides what the slots of a text are."""
 
-    def compress_segments(self, rows: Any, *, ratio: int | None = None, batch_size: int = 8) -> list[MemorySlots]:
-        """Compress segments of token ids, each alone."""
+    def compressing(self, rows: Any, *, ratio: int | None = None, batch_size: int = 8) -> Generator[int, None, list[MemorySlots]]:
+        """Compress segments of token ids, each alone, step by step."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,7 @@ class SlotStore:
     ) -> Added:
         """Compress a text, chapters that are there already left out, and give it a name; arguments and errors as for `adding`."""
         steps = self.adding(model, model.base.encode(text), name, **kw)
-        while True:
-            try:
-                done, total = next(steps)
-            except StopIteration as end:
-                return end.value
-            if progress is not None:
-                progress(done, total)
+        return finished(steps, None if progress is None else lambda counts: progress(*counts))
 
     def adding(
         self,
@@ -108,7 +103,7 @@ class SlotStore:
         dtype: str = "float16",
         batch_size: int = 8,
     ) -> Generator[tuple[int, int], None, Added]:
-        """Add a text step by step, one batch of segments each, so that other work may go between.
+        """Add a text step by step, a pass over a batch of segments each, so that other work may go between.
 
         Parameters
         ----------
@@ -163,7 +158,8 @@ class SlotStore:
             for key, row in todo.items():
                 pieces, made = [row[a:b] for a, b in cut(len(row), length, ratio)], []
                 for at in range(0, len(pieces), batch_size):
-                    made += model.compress_segments(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
+                    steps = model.compressing(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
+                    made += yield from saying((done, max(done, total)), steps)
                     done += len(pieces[at : at + batch_size])
                     yield done, max(done, total)
                 slots = MemorySlots.concatenate(made, same=True)

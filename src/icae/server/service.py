@@ -30,10 +30,11 @@ from icae.server.prefix import Prefix, Prefixes, check_positions, prefill
 from icae.server.row import Row
 from icae.server.schemas import ContextPart, Message, Reading, ReadToken, Saved, TextPart, Usage
 from icae.slots import MemorySlots
+from icae.stepwise import saying
 from icae.store import Added, SlotStore
 
-SEGMENTS_AT_ONCE = 2
-"""Segments that are encoded between two steps of those who generate."""
+SEGMENTS_AT_ONCE = 1
+"""Segments that are encoded, or polished by one step, between two steps of those who generate."""
 
 Wanted = str | list[int]
 """A context: the hash of a stored content, or the token ids of a text."""
@@ -94,14 +95,10 @@ class Service:
             yield
         self.compressing.add(mark)
         try:
-            steps = self.store.adding(self.model, ids, name, namespace=namespace, source=source, ratio=ratio, batch_size=SEGMENTS_AT_ONCE)
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    added: Added = end.value
-                    break
-                yield
+            added: Added = yield from saying(
+                None,
+                self.store.adding(self.model, ids, name, namespace=namespace, source=source, ratio=ratio, batch_size=SEGMENTS_AT_ONCE),
+            )
         finally:
             self.compressing.discard(mark)
         if self.limits.store_bytes is not None and added.fresh:
