@@ -54,6 +54,7 @@ def test_a_plan_is_the_texts_own_and_has_no_kind_twice_but_questions():
     assert plan("a text", 6) == plan("a text", 6) != plan("another", 6)
     assert len(plan("a text", 99)) == 15
     assert len({p.text for p in plan("a text", 15)}) == 15
+    assert {p.kind for text in ("a", "b", "c") for p in plan(text, 2, ["title", "summary", "tone"])} == {"title", "summary", "tone"}
 
 
 @pytest.mark.parametrize(
@@ -297,6 +298,8 @@ def test_build_and_check_on_the_command_line(icae, tmp_path):  # noqa: F811
     for arguments, words in (
         (("data", "build", "books", "out.txt"), ".jsonl"),
         (("data", "build", "books", "o.jsonl", "--texts", 0), "texts"),
+        (("data", "build", "books", "o.jsonl", "--kinds", "summary,song", "--base", base), "no kind song"),
+        (("data", "build", "books", "o.jsonl", "--kinds", "title", "--teacher", "m"), "--teacher base"),
         (("data", "build", "books", "o.jsonl", "--least", 5000, "--most", 6000), "no passage"),
         (("data", "build", "books", "o.jsonl", "--url", "http://127.0.0.1:9/v1", "--least", 60), "--teacher"),
         (("data", "build", "none", "o.jsonl"), "none"),

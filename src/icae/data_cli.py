@@ -30,6 +30,10 @@ def build(
     least: Annotated[int, typer.Option(help="Characters of a passage, at least.")] = 400,
     most: Annotated[int, typer.Option(help="Characters of a passage, at most.")] = 1200,
     prompts: Annotated[int, typer.Option(help="Prompts a passage, of fifteen (teacher base; an endpoint writes all).")] = 6,
+    kinds: Annotated[
+        str | None,
+        typer.Option(help="Kinds of prompts, such as summary,title,continue (teacher base). [default: all]", show_default=False),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the answers. [default: 0 from the base, 0.7 from an endpoint]")] = None,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most (teacher base).")] = 96,
     together: Annotated[int, typer.Option(help="Passages asked about at once.")] = 4,
@@ -62,7 +66,7 @@ def build(
     drawn = chosen(found if Path(source).exists() else islice(found, 20 * texts), texts, seed)
     if not drawn:
         raise ICAEError(f"{source} holds no passage of {least} to {most} characters; try other --least and --most")
-    asked = _teacher(teacher, url, prompts, answer_tokens, temperature, together, seed, base, device)
+    asked = _teacher(teacher, url, prompts, kinds, answer_tokens, temperature, together, seed, base, device)
     with progress("asking", "passages") as tick, packed_linear():
         budget = Budget(max_requests, max_tokens, minutes)
         counts = build_triples(drawn, out, asked, budget, test_share=test_share, progress=tick)
@@ -126,6 +130,7 @@ def _teacher(
     name: str,
     url: str | None,
     prompts: int,
+    kinds: str | None,
     answer_tokens: int,
     temperature: float | None,
     together: int,
@@ -136,10 +141,20 @@ def _teacher(
     from icae.pwc.teachers import BaseTeacher, EndpointTeacher
 
     if name != "base":
+        if kinds is not None:
+            raise ICAEError("--kinds belongs to --teacher base; an endpoint writes all fifteen")
         return EndpointTeacher(name, url, temperature=0.7 if temperature is None else temperature, together=together)
     if url is not None:
         raise ICAEError("--url belongs to a model behind an endpoint: --teacher NAME")
     from icae.base import EMBEDDED, load_base
 
     loaded = load_base(base or EMBEDDED, device=device)
-    return BaseTeacher(loaded, prompts=prompts, max_tokens=answer_tokens, temperature=temperature or 0.0, seed=seed, together=together)
+    return BaseTeacher(
+        loaded,
+        prompts=prompts,
+        max_tokens=answer_tokens,
+        temperature=temperature or 0.0,
+        seed=seed,
+        together=together,
+        kinds=[kind.strip() for kind in kinds.split(",")] if kinds else (),
+    )

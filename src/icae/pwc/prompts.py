@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from icae.errors import ICAEError
 from icae.pwc.passages import digest
 
 
@@ -59,14 +61,24 @@ ASKING = [
 _QUESTION = re.compile(r"^(?:question\s*\d*\s*[:.)-]\s*)?[\"'“]?(.{8,160}?\?)", re.IGNORECASE)
 
 
-def plan(text: str, count: int) -> list[Prompt]:
-    """Draw `count` of the fifteen prompts for a text, by the text alone; kind `asking` stands for a question yet to be asked."""
+def plan(text: str, count: int, kinds: Sequence[str] = ()) -> list[Prompt]:
+    """Draw `count` of the fifteen prompts for a text, by the text alone; kind `asking` stands for a question yet to be asked.
+
+    `kinds`, where given, are those to draw from.
+    """
     chance = random.Random(digest(text))
     every = {**GENERAL, **SPECIFIC}
-    kinds = [*every, *["asking"] * len(ASKING)]
-    drawn = chance.sample(range(len(kinds)), min(count, len(kinds)))
+    known = [*every, *["asking"] * len(ASKING)]
+    drawn = [i for i in chance.sample(range(len(known)), len(known)) if not kinds or known[i] in kinds][:count]
     asking = iter(chance.sample(ASKING, len(ASKING)))
-    return [Prompt(kinds[i], chance.choice(every[kinds[i]]) if kinds[i] in every else next(asking)) for i in sorted(drawn)]
+    return [Prompt(known[i], chance.choice(every[known[i]]) if known[i] in every else next(asking)) for i in sorted(drawn)]
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise `ICAEError` for a kind that there is not."""
+    known = [*GENERAL, *SPECIFIC, "asking"]
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise ICAEError(f"no kind {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def question(said: str) -> str | None:

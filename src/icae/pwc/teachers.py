@@ -19,7 +19,7 @@ from icae.decoder import Decoder
 from icae.endpoint import connect, reply
 from icae.errors import ICAEError
 from icae.objectives import padded
-from icae.pwc.prompts import BRIEFLY, Prompt, plan, question, replied, request
+from icae.pwc.prompts import BRIEFLY, Prompt, check_kinds, plan, question, replied, request
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots, Origin, Segment
 
@@ -72,12 +72,30 @@ class BaseTeacher:
         Longest answer; one that has not ended by then counts as truncated.
     temperature : float
         0: the likeliest answer. Questions are always drawn at 0.7.
+    kinds : sequence of str
+        Of the prompts; none: all (prompts.py).
+
+    Raises
+    ------
+    ICAEError
+        If there is no such kind.
     """
 
-    def __init__(self, base: Base, *, prompts: int = 6, max_tokens: int = 96, temperature: float = 0.0, seed: int = 0, together: int = 4):
-        self.base, self.decoder = base, Decoder(base)
+    def __init__(
+        self,
+        base: Base,
+        *,
+        prompts: int = 6,
+        max_tokens: int = 96,
+        temperature: float = 0.0,
+        seed: int = 0,
+        together: int = 4,
+        kinds: Sequence[str] = (),
+    ):
+        check_kinds(kinds)
+        self.base, self.decoder, self.kinds = base, Decoder(base), tuple(kinds)
         self.prompts, self.max_tokens, self.temperature, self.seed, self.together = prompts, max_tokens, temperature, seed, together
-        self.name = f"{base.byline}, {prompts} prompts, temperature {temperature:g}"
+        self.name = f"{base.byline}, {prompts} prompts, temperature {temperature:g}" + (f", {' '.join(kinds)}" if kinds else "")
 
     def most(self, text: str) -> int:
         """Return the tokens that asking about a text may cost at most."""
@@ -85,7 +103,7 @@ class BaseTeacher:
 
     def read(self, texts: Sequence[str]) -> Iterator[tuple[int, Reply]]:
         """Yield each text's number and reply."""
-        plans = [plan(text, self.prompts) for text in texts]
+        plans = [plan(text, self.prompts, self.kinds) for text in texts]
         prefixes = self._prefixes(texts)
         asking = [(n, p) for n, prompts in enumerate(plans) for p in prompts if p.kind == "asking"]
         asked = self._answers(texts, prefixes, asking, 40, 0.7)
