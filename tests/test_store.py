@@ -541,6 +541,21 @@ def test_the_commands(checkpoint, tmp_path):
     assert json.loads(run("gc", "--max-bytes", "0", *at))["bytes"] == 0
 
 
+def test_the_commands_reach_the_contexts_of_a_key(checkpoint, tmp_path):
+    at = ["--store", tmp_path / "store", "--json"]
+    (tmp_path / "a.txt").write_text(" ".join(LINES))
+    run("add", tmp_path / "a.txt", "--name", "mine", "--key", "ada", "--model", checkpoint, *at)
+    assert [e.namespace for e in SlotStore(tmp_path / "store").entries(None)] == ["ada"]
+    assert json.loads(run("ls", *at)) == [] and [r["name"] for r in json.loads(run("ls", "--key", "ada", *at))] == ["mine"]
+    one_line(run("show", "mine", *at), "mine")
+    assert json.loads(run("show", "mine", "--key", "ada", *at))["name"] == "mine"
+    assert json.loads(run("export", tmp_path / "x.zip", "--key", "ada", *at))["contexts"] == 1
+    assert json.loads(run("import", tmp_path / "x.zip", "--key", "bob", *at))["imported"] == ["mine"]
+    one_line(run("rm", "mine", *at), "mine")
+    run("rm", "mine", "--key", "ada", *at)
+    assert [e.namespace for e in SlotStore(tmp_path / "store").entries(None)] == ["bob"]
+
+
 def test_what_is_no_text_in_a_folder_is_told_and_left_out(checkpoint, tmp_path):
     texts, at = tmp_path / "texts", ["--model", checkpoint, "--store", tmp_path / "store"]
     texts.mkdir()

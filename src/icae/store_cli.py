@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Keep contexts compressed: once written, asked many times.", no_args_is_help=True)
 
+Key = Annotated[
+    str,
+    typer.Option("--key", metavar="NAME", help="Of this key of a server (`icae serve --add-key`). [default: of none]", show_default=False),
+]
 Names = Annotated[list[str], typer.Argument(help="Names of contexts.", show_default=False)]
 _TEXTS = (".txt", ".md", ".rst", ".text")
 
@@ -37,6 +41,7 @@ def add(
     model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    key: Key = "",
     store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +62,7 @@ def add(
             continue
         begin = time.perf_counter()
         with progress(f"compressing {t.name}") as tick:
-            added = kept.add(icae, t.text, t.name, source=t.source, ratio=ratio, dtype=dtype, progress=tick)
+            added = kept.add(icae, t.text, t.name, source=t.source, ratio=ratio, dtype=dtype, namespace=key, progress=tick)
         row = {**_row(added.entry), "fresh": added.fresh, "seconds": time.perf_counter() - begin}
         rows.append(row)
         if not as_json:
@@ -69,9 +74,9 @@ def add(
 
 
 @app.command()
-def ls(store: StoreFolder = None, as_json: Json = False) -> None:
+def ls(key: Key = "", store: StoreFolder = None, as_json: Json = False) -> None:
     """List the contexts in the store."""
-    rows = [_row(e) for e in open_store(store).entries()]
+    rows = [_row(e) for e in open_store(store).entries(key)]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
@@ -82,10 +87,13 @@ def ls(store: StoreFolder = None, as_json: Json = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Name of a context.", show_default=False)], store: StoreFolder = None, as_json: Json = False
+    name: Annotated[str, typer.Argument(help="Name of a context.", show_default=False)],
+    key: Key = "",
+    store: StoreFolder = None,
+    as_json: Json = False,
 ) -> None:
     """Tell all that the store knows of a context."""
-    row = _row(open_store(store).entry(name))
+    row = _row(open_store(store).entry(name, key))
     if as_json:
         print(json.dumps(row, ensure_ascii=False))
         return
@@ -95,13 +103,13 @@ def show(
 
 
 @app.command()
-def rm(names: Names, store: StoreFolder = None, as_json: Json = False) -> None:
+def rm(names: Names, key: Key = "", store: StoreFolder = None, as_json: Json = False) -> None:
     """Take contexts out of the store; slots that another name needs stay."""
     kept = open_store(store)
     for name in names:
-        kept.entry(name)
+        kept.entry(name, key)
     for name in dict.fromkeys(names):
-        kept.remove(name)
+        kept.remove(name, key)
     print(json.dumps({"removed": list(dict.fromkeys(names))}) if as_json else f"removed {', '.join(dict.fromkeys(names))}")
 
 
@@ -142,6 +150,7 @@ def gc(
 def export(
     archive: Annotated[Path, typer.Argument(help="The zip to write; or, for one name, a .safetensors slot file.", show_default=False)],
     names: Annotated[list[str] | None, typer.Argument(help="Names of contexts. [default: all]", show_default=False)] = None,
+    key: Key = "",
     store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
@@ -152,10 +161,10 @@ def export(
     if archive.suffix == ".safetensors":
         if names is None or len(names) != 1:
             raise ICAEError("a slot file holds one context: icae store export slots.safetensors NAME")
-        kept.load(names[0]).save(archive)
+        kept.load(names[0], key).save(archive)
         count = 1
     else:
-        count = write(kept, archive, names)
+        count = write(kept, archive, names, namespace=key)
     results = {"file": str(archive), "contexts": count, "bytes": archive.stat().st_size}
     print(json.dumps(results) if as_json else f"{count} contexts, {results['bytes']} bytes: {archive}")
 
@@ -163,13 +172,14 @@ def export(
 @app.command("import")
 def import_(
     archive: Annotated[Path, typer.Argument(help="A zip as `icae store export` writes it.", show_default=False)],
+    key: Key = "",
     store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
     """Take the contexts of an archive into the store."""
     from icae.archive import import_ as read
 
-    names = read(open_store(store, make=True), archive)
+    names = read(open_store(store, make=True), archive, namespace=key)
     print(json.dumps({"imported": names}, ensure_ascii=False) if as_json else f"imported {len(names)} contexts")
 
 
