@@ -61,6 +61,7 @@ def test_mistakes_are_one_line(icae, checkpoint, tmp_path):  # noqa: F811
         (("chat", "none.txt"), "none.txt"),
         (("chat",), "--stored"),
         (("chat", "none.txt", "--stored", "a"), "not both"),
+        (("chat", "none.safetensors", "--ratio", 4), "made already"),
     ):
         code, out, err = icae(*arguments, "--model", checkpoint, stdin=b"Who?\n")
         assert (code, out) == (2, "") and words in err and err.count("\n") == 1

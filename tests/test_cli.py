@@ -292,6 +292,8 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "no question": (("ask", slots), "question"),
         "two questions": (("ask", "--stored", "a", "Who?", "What?"), "not both"),
         "two sources": (("ask", "--stored", "a", "--text", text, "Who?"), "not both"),
+        "store of nothing": (("ask", slots, "Who?", "--store", "kept"), "--stored NAME"),
+        "key of nothing": (("ask", slots, "Who?", "--key", "ada"), "--stored NAME"),
         "not stored": (("ask", "--stored", "a", "Who?", "--store", "empty"), "no store at empty"),
         "empty question": (("ask", slots, " "), "question"),
         "long prompt": (("ask", slots, "word " * 600, *model), "shorten"),

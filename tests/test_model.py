@@ -383,8 +383,8 @@ def test_a_tuned_base_teaches_what_is_meant_for_it_where_one_is_given(base):
     from icae.reader import Reader
 
     model = make_icae(base, stirred=0.05)
-    response = dataclasses.replace(taught(base, *random_ids(4, 9)), align=1.0, tuned=True)
-    going_on = dataclasses.replace(response, tuned=False)
+    response = dataclasses.replace(taught(base, *random_ids(4, 9)), align=1.0, by_tutor=True)
+    going_on = dataclasses.replace(response, by_tutor=False)
     other = copy.deepcopy(base.model)
     with torch.no_grad():
         next(other.parameters()).mul_(1.5)

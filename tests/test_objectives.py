@@ -61,12 +61,12 @@ def test_pieces_join_to_the_context():
 
 
 def test_a_teachers_text_is_scored_at_the_same_tokens():
-    taught = replace(instruction(CONTEXT, [31, 32], [41, 42, 1], 64), teacher=[61, 62, 63, 64, 65], distil=0.5, tuned=True)
+    taught = replace(instruction(CONTEXT, [31, 32], [41, 42, 1], 64), teacher=[61, 62, 63, 64, 65], distil=0.5, by_tutor=True)
     other = replace(instruction(CONTEXT, [31], [43, 1], 64), teacher=[66], distil=1.0)
     batch = collate([autoencoding(CONTEXT, 64, None), taught, instruction(CONTEXT, [31], [41], 64), other])
     teacher = batch["teacher"]
     assert (teacher["rows"].tolist(), teacher["weights"].tolist(), teacher["aligned"].tolist()) == ([1, 3], [0.5, 1.0], [0.0, 0.0])
-    assert teacher["shared"].tolist() == [3, 2] and teacher["tuned"].tolist() == [True, False]
+    assert teacher["shared"].tolist() == [3, 2] and teacher["by_tutor"].tolist() == [True, False]
     assert [ids[real].tolist() for ids, real in zip(teacher["ids"], teacher["real"], strict=True)] == [
         [61, 62, 63, 64, 65, 41, 42, 1],
         [66, 43, 1],

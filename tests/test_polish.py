@@ -5,7 +5,7 @@ from tiny import make_icae, random_ids
 from icae import polish as room
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker
-from icae.polish import polish
+from icae.polish import polishing
 from icae.refine import TOLERANCE
 from icae.stepwise import finished
 
@@ -42,19 +42,28 @@ def test_slots_keep_their_form_and_tell_their_steps(model):
     assert plain.origin.polish == 0 and done.origin.polish == 2 and torch.equal(done.positions, plain.positions)
     for name, tensor in plain.tensors.items():
         assert done.tensors[name].shape == tensor.shape and done.tensors[name].dtype == tensor.dtype
-    assert polish(model.reader, [plain], [ids], 0) == [plain]
+    assert finished(polishing(model.reader, [plain], [ids], 0)) == [plain]
     half = plain.split()[0].to(torch.float16)
-    assert {t.dtype for t in polish(model.reader, [half], [ids[: half.tokens]], 1)[0].tensors.values()} == {torch.float16}
+    assert {t.dtype for t in finished(polishing(model.reader, [half], [ids[: half.tokens]], 1))[0].tensors.values()} == {torch.float16}
 
 
 def test_other_work_may_go_between_its_steps(model):
-    texts = random_ids(16, 9, 12)
-    steps, said = model.compressing(texts, polish=2, batch_size=1), []
-    made = finished(steps, said.append)
-    assert said == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]  # each segment: written, two steps, done
-    at_once = model.compress_segments(texts, polish=2, batch_size=1)
-    assert all(torch.equal(a.tensors[name], b.tensors[name]) for a, b in zip(made, at_once, strict=True) for name in a.tensors)
-    assert not any(t.requires_grad for s in made for t in s.tensors.values())
+    texts, others = random_ids(16, 9, 12), random_ids(11, 14)
+    expected = [*model.compress_segments(texts, polish=2, batch_size=1), *model.compress_segments(others, polish=2, batch_size=1)]
+    works, said, made = [model.compressing(rows, polish=2, batch_size=1) for rows in (texts, others)], [], {}
+    while len(made) < 2:
+        for n, work in enumerate(works):
+            if n not in made:
+                try:
+                    said.append((n, next(work)))
+                except StopIteration as end:
+                    made[n] = end.value
+                assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+                with torch.inference_mode():  # as the server's steps are
+                    model.score([expected[0]], [Example([], Marker.AE, [], texts[0])])
+    assert [done for n, done in said if n == 0] == [0, 0, 1, 1, 1, 2, 2, 2, 3]  # each segment: written, a step, another
+    for slots, same in zip([*made[0], *made[1]], expected, strict=True):
+        assert all(torch.equal(t, same.tensors[name]) and not t.requires_grad for name, t in slots.tensors.items())
 
 
 def test_inference_mode_is_no_obstacle(model):

@@ -18,6 +18,7 @@ from icae import archive
 from icae.blobs import DTYPES, open_blobs, pack, unpack
 from icae.chapters import SEGMENTS, chapters
 from icae.errors import ICAEError
+from icae.server.keys import KEYS, Keyring
 from icae.slots import MemorySlots, Origin, Segment
 from icae.stepwise import finished
 from icae.store import SlotStore
@@ -548,6 +549,12 @@ def test_the_commands_reach_the_contexts_of_a_key(checkpoint, tmp_path):
     assert [e.namespace for e in SlotStore(tmp_path / "store").entries(None)] == ["ada"]
     assert json.loads(run("ls", *at)) == [] and [r["name"] for r in json.loads(run("ls", "--key", "ada", *at))] == ["mine"]
     one_line(run("show", "mine", *at), "mine")
+    one_line(run("show", "yours", "--key", "ada", *at), "yours", "icae store ls --key ada")
+    one_line(run("add", tmp_path / "a.txt", "--key", "icae_secret", *at), "not the key itself")
+    warned = CliRunner().invoke(app, [str(a) for a in ["import", tmp_path / "none.zip", "--key", "ada", *at]])
+    assert "icae serve --add-key ada" in warned.stderr
+    Keyring(tmp_path / "store" / KEYS).add("ada")
+    assert "add-key" not in CliRunner().invoke(app, [str(a) for a in ["import", tmp_path / "none.zip", "--key", "ada", *at]]).stderr
     assert json.loads(run("show", "mine", "--key", "ada", *at))["name"] == "mine"
     assert json.loads(run("export", tmp_path / "x.zip", "--key", "ada", *at))["contexts"] == 1
     assert json.loads(run("import", tmp_path / "x.zip", "--key", "bob", *at))["imported"] == ["mine"]

@@ -272,7 +272,7 @@ def test_the_teacher_reads_the_full_text_as_an_answer_from_text_does(base):
     _, data = triples(base, distil=0.5, distractors=1, distractor_share=1.0)
     e, plain = data[0], data._triple(0)
     assert e.teacher == chat_prompt(base.tokenizer, full_text(plain.context, plain.prompt))
-    assert triples(base)[1][0].teacher == [] and e.tuned
+    assert triples(base)[1][0].teacher == [] and e.by_tutor
 
 
 def test_what_the_base_wrote_is_taught_by_the_base(base, tmp_path):
@@ -284,4 +284,4 @@ def test_what_the_base_wrote_is_taught_by_the_base(base, tmp_path):
     found = load_triples(str(tmp_path / "t.jsonl"))
     for t, tuned in zip(found, (True, False, True), strict=True):
         data = Triples([Pool([t])], base, CONFIG, TrainConfig(objective="instruct", distil=0.5))
-        assert data[0].tuned is tuned and data[0].teacher
+        assert data[0].by_tutor is tuned and data[0].teacher

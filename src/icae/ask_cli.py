@@ -14,12 +14,14 @@ from icae.terminal import (
     Focus,
     Grounding,
     Json,
+    Key,
     MaxTokens,
     Model,
-    Seed,
+    SamplingSeed,
     Stored,
     StoreFolder,
     Temperature,
+    check_stored,
     from_store,
     load_model,
     print_stream,
@@ -33,11 +35,12 @@ def ask(
     slots: Annotated[str, typer.Argument(help="A slot file; with --stored or --text, the question itself.", show_default=False)],
     question: Annotated[str | None, typer.Argument(help="The question or instruction.", show_default=False)] = None,
     stored: Stored = None,
+    key: Key = "",
     store: StoreFolder = None,
     text: Annotated[Path | None, typer.Option("--text", help="Ask this text file in full, uncompressed, for comparison.")] = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     focus: Focus = None,
     grounding: Grounding = None,
     model: Model = None,
@@ -48,11 +51,12 @@ def ask(
     """Ask about a text, from its slots (or, with --text, from the full text)."""
     from icae.slots import MemorySlots
 
+    check_stored(stored, store, key)
     instead = [name for name, given in (("--stored NAME", stored), ("--text FILE", text)) if given]
     if len(instead) > 1 or (instead and question is not None):
         raise ICAEError(f"give either {' or '.join(instead) if len(instead) > 1 else f'a slot file or {instead[0]}'}, not both")
     if not instead and question is None:
-        raise ICAEError('the question is missing: icae ask slots.safetensors "What ...?"')
+        raise ICAEError('the question is missing: icae ask slots.safetensors "What ...?", or icae ask --stored NAME "What ...?"')
     prompt = slots if question is None else question
     if not prompt.strip():
         raise ICAEError("the question is empty")
@@ -63,7 +67,7 @@ def ask(
         loaded, prompt = None, full_text(text_of(str(text), literal=False), prompt)
         icae = load_model(model, base, device)
     else:
-        loaded = from_store(stored, store) if stored else MemorySlots.load(slots)
+        loaded = from_store(stored, store, key) if stored else MemorySlots.load(slots)
         icae = load_model(model, base, device, focus=focus, grounding=grounding)
         about["segments"] = len(loaded.segments)
         loaded = icae.focused(loaded, prompt)

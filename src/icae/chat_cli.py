@@ -15,13 +15,15 @@ from icae.terminal import (
     Device,
     Focus,
     Grounding,
+    Key,
     MaxTokens,
     Model,
     Polish,
-    Seed,
+    SamplingSeed,
     Stored,
     StoreFolder,
     Temperature,
+    check_stored,
     from_store,
     load_model,
     sampling_of,
@@ -39,10 +41,11 @@ def chat(
         Path | None, typer.Argument(help="A slot file, or a text file, which is compressed first.", show_default=False)
     ] = None,
     stored: Stored = None,
+    key: Key = "",
     store: StoreFolder = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
     ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file. [default: checkpoint's]")] = None,
     polish: Polish = None,
     focus: Focus = None,
@@ -57,9 +60,12 @@ def chat(
 
     if (context is None) == (not stored):
         raise ICAEError("give either a file or --stored NAME" + ("" if context is None else ", not both"))
+    check_stored(stored, store, key)
+    if (ratio, polish) != (None, None) and (context is None or context.suffix == ".safetensors"):
+        raise ICAEError("--ratio and --polish go with a text file, which is compressed first; these slots are made already")
     text, slots = "", None
     if context is None:
-        slots = from_store(stored or [], store)
+        slots = from_store(stored or [], store, key)
     elif context.suffix == ".safetensors":
         slots = MemorySlots.load(context)
     else:

@@ -54,19 +54,21 @@ def build(
     from icae.pwc.build import Budget
     from icae.pwc.build import build as build_triples
     from icae.pwc.passages import chosen, passages
+    from icae.pwc.prompts import kinds_of
 
     if out.suffix != ".jsonl":
         raise ICAEError(f"{out} must end in .jsonl")
     for name, value in (("texts", texts), ("least", least), ("prompts", prompts), ("together", together)):
         if value < 1:
             raise ICAEError(f"{name} must be at least 1, got {value}")
+    wanted = [] if kinds is None else kinds_of(kinds)
     if not 0 <= test_share <= 1:
         raise ICAEError(f"test_share is a share, 0 to 1, got {test_share}")
     found = passages(documents(source), least=least, most=most)
     drawn = chosen(found if Path(source).exists() else islice(found, 20 * texts), texts, seed)
     if not drawn:
         raise ICAEError(f"{source} holds no passage of {least} to {most} characters; try other --least and --most")
-    asked = _teacher(teacher, url, prompts, kinds, answer_tokens, temperature, together, seed, base, device)
+    asked = _teacher(teacher, url, prompts, wanted, answer_tokens, temperature, together, seed, base, device)
     with progress("asking", "passages") as tick, packed_linear():
         budget = Budget(max_requests, max_tokens, minutes)
         counts = build_triples(drawn, out, asked, budget, test_share=test_share, progress=tick)
@@ -130,7 +132,7 @@ def _teacher(
     name: str,
     url: str | None,
     prompts: int,
-    kinds: str | None,
+    kinds: list[str],
     answer_tokens: int,
     temperature: float | None,
     together: int,
@@ -141,7 +143,7 @@ def _teacher(
     from icae.pwc.teachers import BaseTeacher, EndpointTeacher
 
     if name != "base":
-        if kinds is not None:
+        if kinds:
             raise ICAEError("--kinds belongs to --teacher base; an endpoint writes all fifteen")
         return EndpointTeacher(name, url, temperature=0.7 if temperature is None else temperature, together=together)
     if url is not None:
@@ -156,5 +158,5 @@ def _teacher(
         temperature=temperature or 0.0,
         seed=seed,
         together=together,
-        kinds=[kind.strip() for kind in kinds.split(",")] if kinds else (),
+        kinds=kinds,
     )

@@ -6,10 +6,10 @@
 
 Slots answer the worse, the more segments there are that the prompt is not about (docs/log.md). A document of a few segments is read whole;
 of several documents those are read that matter, and of what is still too long the segments that do. Most prompts name what they are about,
-so that a text search over the token ids kept beside the slots finds it at once. Where a prompt shares next to no letters with the text, or
-no ids were kept, the frozen decoder itself tells segments apart, at the cost of a pass of the prompt, without its template, over the slots
-of each: a question is likelier after the text that answers it (query likelihood, Ponte and Croft, SIGIR 1998, here read from slots). There
-is no index, no further model and nothing to train, and a context may be longer than the base has positions.
+so that a text search over the token ids kept beside the slots finds it at once. Where a prompt shares next to no letters with the text, no
+ids were kept, or there are few segments in all, the frozen decoder itself tells them apart, at the cost of a pass of the prompt, without
+its template, over the slots of each: a question is likelier after the text that answers it (query likelihood, Ponte and Croft, SIGIR 1998,
+here read from slots). There is no index, no further model and nothing to train, and a context may be longer than the base has positions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from icae.objectives import Example, Marker
-from icae.overlap import overlaps
+from icae.overlap import Texts
 from icae.reader import Reader
 from icae.slots import MemorySlots
 from icae.stepwise import finished
@@ -31,8 +31,10 @@ SHARE = 0.7
 MARGIN = 5.0
 """Nats of relevance behind the best one from which a document is left out where all could be read: most questions differ by more between
 two documents, requests that are about no place in particular by less."""
-FAINT = 8.0
-"""Nats below which what the best segment has in common with the prompt tells nothing."""
+FAINT = 3.0
+"""Grams of the rarest kind: having less in common with the prompt, the best segment is not told apart from the others."""
+COUNTED_AT_ONCE = 128
+"""Segments whose letters are counted between two pieces of other work."""
 AT_ONCE = 8
 """Segments that are read together."""
 PROMPT = 64
@@ -65,16 +67,31 @@ def focus(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> M
     return selected(slots, finished(relevant(reader, slots, prompt, most)))
 
 
-def relevant(reader: Reader, slots: MemorySlots, prompt: list[int], most: int) -> Generator[None, None, list[int]]:
-    """Return the numbers that `chosen` does; where a prompt is read, a few segments at a time, so that other work may go between."""
-    shared = in_common(reader, slots, prompt) if len(slots.segments) > most else []
-    if max(shared, default=0.0) >= FAINT:
-        return chosen(shared, slots.documents, most)
+def relevant(
+    reader: Reader, slots: MemorySlots, prompt: list[int], most: int, texts: Texts | None = None
+) -> Generator[None, None, list[int]]:
+    """Return the numbers that `chosen` does, piece by piece, so that other work may go between; `texts` may be known from `counted`."""
+    if len(slots.segments) > most and slots.ids is not None:
+        texts = (yield from counted(reader, slots)) if texts is None else texts
+        shared = texts.shared(reader.base.decode(prompt[-PROMPT:]))
+        if max(shared) >= FAINT:
+            return chosen(shared, slots.documents, most)
     numbers, read = range(len(slots.segments)), []
     for at in range(0, len(numbers), AT_ONCE):
         read.append(likelihoods(reader, [slots.segment(i) for i in numbers[at : at + AT_ONCE]], prompt))
         yield
     return chosen(gained(torch.cat(read)), slots.documents, most)
+
+
+def counted(reader: Reader, slots: MemorySlots) -> Generator[None, None, Texts]:
+    """Count the letters of each segment's text, piece by piece; of slots that came with token ids."""
+    assert slots.ids is not None
+    texts = Texts()
+    for number, ids in enumerate(slots.ids.split([s.tokens for s in slots.segments]), 1):
+        texts.add(reader.base.decode(ids))
+        if number % COUNTED_AT_ONCE == 0:
+            yield
+    return texts
 
 
 def selected(slots: MemorySlots, numbers: Sequence[int]) -> MemorySlots:
@@ -92,14 +109,6 @@ def likelihoods(reader: Reader, parts: Sequence[MemorySlots], prompt: list[int])
     """Return the log-likelihood of each of the prompt's tokens after each segment, (segments, tokens) float32, in nats."""
     target = Example([], Marker.LM, [], prompt[-PROMPT:])
     return -torch.stack([score.nll for score in reader.score(parts, [target] * len(parts))])
-
-
-def in_common(reader: Reader, slots: MemorySlots, prompt: list[int]) -> list[float]:
-    """Return what the prompt has in common with each segment's text, in nats; nothing where the slots came without token ids."""
-    if slots.ids is None:
-        return []
-    texts = [reader.base.decode(ids) for ids in slots.ids.split([s.tokens for s in slots.segments])]
-    return overlaps(reader.base.decode(prompt[-PROMPT:]), texts)
 
 
 def gained(likelihoods: Tensor) -> list[float]:

@@ -56,8 +56,8 @@ def batch_loss(
             assert teacher is not None
             here, there = (torch.tensor(side) for side in zip(*pupils, strict=True))
             share[here] *= 1 - teacher["weights"][there][:, None]
-            tuned = teacher["tuned"][there] & (tutor is not None)
-            for who, theirs in ((reader, ~tuned), (tutor, tuned)):
+            tutored = teacher["by_tutor"][there] & (tutor is not None)
+            for who, theirs in ((reader, ~tutored), (tutor, tutored)):
                 if who is not None and theirs.any():
                     lesson = {name: t[there[theirs]] for name, t in teacher.items()}
                     mine = read._replace(logits=logits)

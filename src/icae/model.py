@@ -56,7 +56,7 @@ class ICAE(nn.Module):
         self.markers = nn.Parameter(torch.cat([sink, asks.repeat(config.marker_length - 1, 1)]).repeat(len(Marker), 1, 1))
         self.reader = Reader(self.decoder, self.config, self.markers)
         self.encoder.memory.data = self.encoder.memory.data.float()
-        self.tutor: Reader | None = None  # who teaches responses while training; none: the frozen decoder
+        self.tutor: Reader | None = None  # who teaches samples that are `by_tutor`; none: the frozen decoder
         self._adapter_hash: str | None = None
 
     # ---- files ----
@@ -252,9 +252,7 @@ class ICAE(nn.Module):
         for at in range(0, len(rows), batch_size):
             batch = [rows[i] for i in order[at : at + batch_size]]
             written = self.encoder(padded(batch).to(self.base.device), [len(r) for r in batch], origin.ratio).rows(unpolished)
-            if origin.polish:
-                yield len(made)
-            made += yield from saying(len(made), polishing(self.reader, written, batch, origin.polish))
+            made.extend((yield from saying(lambda _: len(made), polishing(self.reader, written, batch, origin.polish))))
             yield len(made)
         back = dict(zip(order, made, strict=True))
         return [dataclasses.replace(back[i], ids=torch.tensor(rows[i], dtype=torch.int32)) for i in range(len(rows))]

@@ -47,7 +47,7 @@ class Example:
     """Compression ratio, the same for all samples of a batch; none: the checkpoint's own."""
     teacher: list[int] = field(default_factory=list)
     """The prompt with the full text in it, for the teacher to read before the target; empty: nobody teaches."""
-    tuned: bool = False
+    by_tutor: bool = False
     """The teacher is the run's fine-tuned base, where it has one; false: the base as published."""
     distil: float = 0.0
     """What the teacher says counts so much of the loss, the target itself the rest."""
@@ -121,8 +121,8 @@ def collate(examples: list[Example]) -> dict[str, object]:
         ids, real, scored = _texts([(examples[b].teacher, examples[b].target, examples[b].unscored) for b in rows])
         distil, align = (torch.tensor([share(examples[b]) for b in rows]) for share in (lambda e: e.distil, lambda e: e.align))
         shared = [len(examples[b].target) + _ending(examples[b].prompt, examples[b].teacher) for b in rows]
-        tuned = torch.tensor([examples[b].tuned for b in rows])
-        about = {"rows": torch.tensor(rows), "weights": distil, "aligned": align, "tuned": tuned, "shared": torch.tensor(shared)}
+        tutored = torch.tensor([examples[b].by_tutor for b in rows])
+        about = {"rows": torch.tensor(rows), "weights": distil, "aligned": align, "by_tutor": tutored, "shared": torch.tensor(shared)}
         batch["teacher"] = about | {"ids": ids, "real": real, "scored": scored}
     return batch
 

@@ -25,7 +25,6 @@ from icae.objectives import Example, Marker, collate
 from icae.reader import Reader
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots
-from icae.stepwise import finished
 
 RATE = 0.03
 """How far a number moves a step, at most, in root mean squares of its tensor's layer: at 4x; elsewhere by the root of the ratio."""
@@ -46,18 +45,13 @@ def default_steps(ratio: int) -> int:
     return min(1 + -(-ratio // BLOCK), MOST_STEPS)
 
 
-def polish(reader: Reader, slots: Sequence[MemorySlots], texts: Sequence[Sequence[int]], steps: int) -> list[MemorySlots]:
-    """Polish the slots of single segments, at once; parameters and result as for `polishing`."""
-    return finished(polishing(reader, slots, texts, steps))
-
-
 def polishing(
     reader: Reader,
     slots: Sequence[MemorySlots],
     texts: Sequence[Sequence[int]],
     steps: int,
 ) -> Generator[None, None, list[MemorySlots]]:
-    """Polish the slots of single segments, gradient step by gradient step.
+    """Polish the slots of single segments; yields before each gradient step, so that other work may go between.
 
     Parameters
     ----------
@@ -97,6 +91,7 @@ def _polished(
     means = {key: (0.0, 0.0) for key in keys}
     rates = [RATE * (s.origin.ratio / BLOCK) ** 0.5 for s in slots]
     for step in range(1, steps + 1):
+        yield
         leaves = {(b, name): rows[b][name].detach().requires_grad_() for b, name in keys}
         with torch.enable_grad(), fast_linear():
             now = [dataclasses.replace(s, tensors={name: leaves[b, name] for name in s.tensors}) for b, s in enumerate(slots)]
@@ -109,7 +104,6 @@ def _polished(
             floor = (DAMPING * _size(gradient)) ** 2
             b, name = key
             rows[b][name] = rows[b][name] - rates[b] * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
-        yield
     return [
         dataclasses.replace(
             s,

@@ -38,7 +38,7 @@ def serve(
         import uvicorn
     except ImportError as error:
         raise ICAEError(f"the server needs more packages ({error.name} is missing); pip install 'icae[serve]'") from error
-    from icae.server.keys import Keyring
+    from icae.server.keys import KEYS, Keyring
     from icae.server.limits import Limits
 
     if limit == ["help"]:
@@ -47,7 +47,7 @@ def serve(
         return
     limits = _limits(Limits, limit or [])
     folder = _folder(store)
-    keyring = Keyring(folder / "keys.json")
+    keyring = Keyring(folder / KEYS)
     if add_key is not None:
         folder.mkdir(parents=True, exist_ok=True)
         print(keyring.add(add_key))

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 def finished(steps: Generator[T, None, R], each: Callable[[T], Any] | None = None) -> R:
@@ -20,11 +21,11 @@ def finished(steps: Generator[T, None, R], each: Callable[[T], Any] | None = Non
             each(on_the_way)
 
 
-def saying(said: T, steps: Generator[Any, None, R]) -> Generator[T, None, R]:
-    """Do the work, but yield `said` at each step."""
+def saying(what: Callable[[T], S], steps: Generator[T, None, R]) -> Generator[S, None, R]:
+    """Do the work step by step, but yield `what` makes of that which is yielded on the way."""
     while True:
         try:
-            next(steps)
+            on_the_way = next(steps)
         except StopIteration as end:
             return end.value
-        yield said
+        yield what(on_the_way)

@@ -103,7 +103,7 @@ class SlotStore:
         dtype: str = "float16",
         batch_size: int = 8,
     ) -> Generator[tuple[int, int], None, Added]:
-        """Add a text step by step, a pass over a batch of segments each, so that other work may go between.
+        """Add a text step by step (`ICAE.compressing`), so that other work may go between.
 
         Parameters
         ----------
@@ -154,14 +154,16 @@ class SlotStore:
         for key in self.catalogue.known(todo):
             del todo[key]
         done, total = 0, sum(len(cut(len(row), length, ratio)) for row in todo.values())
+
+        def told(more: int) -> tuple[int, int]:
+            return done + more, max(done + more, total)
+
         while True:
             for key, row in todo.items():
                 pieces, made = [row[a:b] for a, b in cut(len(row), length, ratio)], []
                 for at in range(0, len(pieces), batch_size):
-                    steps = model.compressing(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size)
-                    made += yield from saying((done, max(done, total)), steps)
+                    made += yield from saying(told, model.compressing(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size))
                     done += len(pieces[at : at + batch_size])
-                    yield done, max(done, total)
                 slots = MemorySlots.concatenate(made, same=True)
                 size = self.blobs.write(key, pack(slots, row, dtype))
                 fresh[key] = Blob(key, size, slots.tokens, slots.count, len(slots.segments))
@@ -191,7 +193,7 @@ class SlotStore:
         """
         for found in self.catalogue.entries(namespace, name=name):
             return found
-        raise ICAEError(f"no context {name!r} in the store; `icae store ls` lists what there is")
+        raise ICAEError(f"no context {name!r} in the store; `icae store ls{_of(namespace)}` lists what there is")
 
     def entries(self, namespace: str | None = "") -> list[Entry]:
         """Return the entries of a namespace (none: of all), in order of name."""
@@ -228,7 +230,7 @@ class SlotStore:
     def remove(self, name: str, namespace: str = "") -> None:
         """Take a name away, and its slots where no other name keeps them; raises `ICAEError` if there is no such name."""
         if not self.catalogue.unname(namespace, name):
-            raise ICAEError(f"no context {name!r} in the store; `icae store ls` lists what there is")
+            raise ICAEError(f"no context {name!r} in the store; `icae store ls{_of(namespace)}` lists what there is")
         self.catalogue.sweep(self.blobs.remove)
 
     def verify(self, *, drop: bool = False, progress: Callable[[int, int], None] | None = None) -> list[dict[str, Any]]:
@@ -293,6 +295,10 @@ class SlotStore:
         gone = [] if max_bytes is None else self.catalogue.evict(max_bytes)
         files = self.catalogue.sweep(self.blobs.remove, list(self.blobs.old(ORPHAN_SECONDS)))
         return {"removed": [name for _, name in gone], "files": files, "bytes": sum(b.bytes for b in self.catalogue.blobs())}
+
+
+def _of(namespace: str) -> str:
+    return f" --key {namespace}" if namespace else ""
 
 
 def blob_key(ids: list[int], about: dict[str, Any]) -> str:

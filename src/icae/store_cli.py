@@ -15,17 +15,14 @@ import typer
 
 from icae.errors import ICAEError
 from icae.segments import check_ratio
-from icae.terminal import Json, Polish, StoreFolder, load_model, open_store, print_table, progress, say
+from icae.terminal import BaseName, Device, Json, Key, Model, Polish, Ratio, StoreFolder, load_model, open_store, print_table, progress, say
 
 if TYPE_CHECKING:
     from icae.catalogue import Entry
+    from icae.store import SlotStore
 
 app = typer.Typer(help="Keep contexts compressed: once written, asked many times.", no_args_is_help=True)
 
-Key = Annotated[
-    str,
-    typer.Option("--key", metavar="NAME", help="Of this key of a server (`icae serve --add-key`). [default: of none]", show_default=False),
-]
 Names = Annotated[list[str], typer.Argument(help="Names of contexts.", show_default=False)]
 _TEXTS = (".txt", ".md", ".rst", ".text")
 
@@ -34,13 +31,13 @@ _TEXTS = (".txt", ".md", ".rst", ".text")
 def add(
     sources: Annotated[list[str], typer.Argument(help="Text files, folders of them, or '-' for standard input.", show_default=False)],
     name: Annotated[str | None, typer.Option("--name", help="Name of a single text. [default: its path]", show_default=False)] = None,
-    ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot. [default: the checkpoint's]")] = None,
+    ratio: Ratio = None,
     dtype: Annotated[str, typer.Option("--dtype", help="How slots are kept: float16, bfloat16, float32 or int8.")] = "float16",
     blobs: Annotated[str | None, typer.Option("--blobs", help="For a new store: folder or fsspec URL of the slots.")] = None,
     polish: Polish = None,
-    model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
     key: Key = "",
     store: StoreFolder = None,
     as_json: Json = False,
@@ -48,12 +45,14 @@ def add(
     """Compress texts into the store; what is there unchanged is not compressed again."""
     check_ratio(ratio)
     texts = list(_texts(sources))
+    if not texts:
+        raise ICAEError(f"nothing in {' '.join(sources)} is a text to compress")
     if name is not None:
         if len(texts) != 1:
             raise ICAEError(f"--name names one text, these are {len(texts)}; leave it away")
         texts = [dataclasses.replace(texts[0], name=name)]
     kept = open_store(store, blobs, make=True)
-
+    _check_key(kept, key)
     icae = load_model(model, base, device, polish=polish)
     rows = []
     for t in texts:
@@ -68,7 +67,7 @@ def add(
         if not as_json:
             print(f"{t.name}: {row['tokens']} tokens, {row['slots']} slots, {added.fresh} of {row['chapters']} chapters compressed")
     if not rows:
-        raise ICAEError(f"nothing in {' '.join(sources)} is a text to compress; the store is as it was")
+        raise ICAEError(f"nothing in {' '.join(sources)} is a text to compress")
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
 
@@ -98,8 +97,8 @@ def show(
         print(json.dumps(row, ensure_ascii=False))
         return
     about = row.pop("about")
-    for key, value in {**row, "made": _date(row["made"]), "used": _date(row["used"]), **about}.items():
-        print(f"{key:18} {value}")
+    for field, value in {**row, "made": _date(row["made"]), "used": _date(row["used"]), **about}.items():
+        print(f"{field:18} {value}")
 
 
 @app.command()
@@ -179,7 +178,9 @@ def import_(
     """Take the contexts of an archive into the store."""
     from icae.archive import import_ as read
 
-    names = read(open_store(store, make=True), archive, namespace=key)
+    kept = open_store(store, make=True)
+    _check_key(kept, key)
+    names = read(kept, archive, namespace=key)
     print(json.dumps({"imported": names}, ensure_ascii=False) if as_json else f"imported {len(names)} contexts")
 
 
@@ -211,6 +212,16 @@ def _texts(sources: list[str]) -> Iterator[_Text]:
                     say(f"left out: {error}")
         else:
             yield _Text(source, source, _filled(read_text(source), source))
+
+
+def _check_key(kept: SlotStore, name: str) -> None:
+    """Refuse a key where its name is wanted, and say so where the server has no key of that name yet."""
+    from icae.server.keys import KEYS, PREFIX, Keyring
+
+    if name.startswith(PREFIX):
+        raise ICAEError("--key takes a key's name, not the key itself")
+    if name and name not in {row["name"] for row in Keyring(kept.folder / KEYS).rows()}:
+        say(f"no key is named {name!r} yet; `icae serve --add-key {name}` makes one")
 
 
 def _date(seconds: float) -> str:

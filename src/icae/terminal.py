@@ -54,6 +54,11 @@ Grounding = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate, at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
+SamplingSeed = Annotated[int, typer.Option("--seed", help="Of what is drawn, where the temperature is above 0.")]
+Key = Annotated[
+    str,
+    typer.Option("--key", metavar="NAME", help="Of this key of a server (`icae serve --add-key`). [default: of none]", show_default=False),
+]
 Stored = Annotated[
     list[str] | None,
     typer.Option("--stored", metavar="NAME", help="Ask contexts of the store (`icae store ls`); may be given several times."),
@@ -132,12 +137,18 @@ def open_store(folder: Path | None, blobs: str | None = None, *, make: bool = Fa
     return SlotStore(folder, blobs=blobs)
 
 
-def from_store(names: list[str], folder: Path | None) -> MemorySlots:
+def from_store(names: list[str], folder: Path | None, key: str) -> MemorySlots:
     """Return the slots of stored contexts, several of them joined as documents; raises `ICAEError` for a name that is not there."""
     from icae.slots import MemorySlots
 
     kept = open_store(folder)
-    return MemorySlots.concatenate([kept.load(name) for name in dict.fromkeys(names)])
+    return MemorySlots.concatenate([kept.load(name, key) for name in dict.fromkeys(names)])
+
+
+def check_stored(names: list[str] | None, folder: Path | None, key: str) -> None:
+    """Raise `ICAEError` where options of the store come without `--stored`."""
+    if not names and (folder is not None or key):
+        raise ICAEError(f"{'--key' if key else '--store'} goes with --stored NAME, which names a context of the store")
 
 
 def sampling_of(temperature: float, seed: int) -> Sampling:

@@ -267,8 +267,8 @@ class Triples(Dataset):
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
         segments = self._among_others(index, triple, example.segments, room, ratio)
-        tuned = not triple.teacher.startswith(self.base.byline)  # how its own response goes on, the base itself knows best
-        return replace(example, segments=segments, teacher=teacher, tuned=tuned, distil=t.distil, align=t.align, ratio=drawn)
+        by_tutor = not triple.teacher.startswith(self.base.byline)  # how its own response goes on, the base itself knows best
+        return replace(example, segments=segments, teacher=teacher, by_tutor=by_tutor, distil=t.distil, align=t.align, ratio=drawn)
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""

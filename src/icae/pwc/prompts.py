@@ -69,16 +69,23 @@ def plan(text: str, count: int, kinds: Sequence[str] = ()) -> list[Prompt]:
     chance = random.Random(digest(text))
     every = {**GENERAL, **SPECIFIC}
     known = [*every, *["asking"] * len(ASKING)]
-    drawn = [i for i in chance.sample(range(len(known)), len(known)) if not kinds or known[i] in kinds][:count]
+    wanted = [i for i, kind in enumerate(known) if not kinds or kind in kinds]
+    drawn = chance.sample(wanted, min(count, len(wanted)))
     asking = iter(chance.sample(ASKING, len(ASKING)))
     return [Prompt(known[i], chance.choice(every[known[i]]) if known[i] in every else next(asking)) for i in sorted(drawn)]
 
 
-def check_kinds(kinds: Sequence[str]) -> None:
-    """Raise `ICAEError` for a kind that there is not."""
-    known = [*GENERAL, *SPECIFIC, "asking"]
+def kinds_of(words: str) -> list[str]:
+    """Return the kinds of prompts in a line with commas; raises `ICAEError` for one that there is not."""
+    kinds, known = [kind.strip() for kind in words.split(",")], [*GENERAL, *SPECIFIC, "asking"]
     if unknown := [kind for kind in kinds if kind not in known]:
-        raise ICAEError(f"no kind {', '.join(unknown)}; there are {', '.join(known)}")
+        raise ICAEError(f"no kind {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    return kinds
+
+
+def offered(kinds: Sequence[str]) -> int:
+    """Return how many different prompts a text can get of these kinds (none: of all)."""
+    return sum(not kinds or kind in kinds for kind in [*GENERAL, *SPECIFIC, *["asking"] * len(ASKING)])
 
 
 def question(said: str) -> str | None:

@@ -19,7 +19,7 @@ from icae.decoder import Decoder
 from icae.endpoint import connect, reply
 from icae.errors import ICAEError
 from icae.objectives import padded
-from icae.pwc.prompts import BRIEFLY, Prompt, check_kinds, plan, question, replied, request
+from icae.pwc.prompts import BRIEFLY, Prompt, offered, plan, question, replied, request
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots, Origin, Segment
 
@@ -73,12 +73,7 @@ class BaseTeacher:
     temperature : float
         0: the likeliest answer. Questions are always drawn at 0.7.
     kinds : sequence of str
-        Of the prompts; none: all (prompts.py).
-
-    Raises
-    ------
-    ICAEError
-        If there is no such kind.
+        Of the prompts (prompts.py); none: all.
     """
 
     def __init__(
@@ -92,9 +87,9 @@ class BaseTeacher:
         together: int = 4,
         kinds: Sequence[str] = (),
     ):
-        check_kinds(kinds)
         self.base, self.decoder, self.kinds = base, Decoder(base), tuple(kinds)
-        self.prompts, self.max_tokens, self.temperature, self.seed, self.together = prompts, max_tokens, temperature, seed, together
+        self.prompts = min(prompts, offered(kinds))
+        self.max_tokens, self.temperature, self.seed, self.together = max_tokens, temperature, seed, together
         self.name = f"{base.byline}, {prompts} prompts, temperature {temperature:g}" + (f", {' '.join(kinds)}" if kinds else "")
 
     def most(self, text: str) -> int:

@@ -12,6 +12,11 @@ from pathlib import Path
 from icae.atomic import write_atomically
 from icae.errors import ICAEError
 
+KEYS = "keys.json"
+"""The file of a server's keys, in its store's folder."""
+PREFIX = "icae_"
+"""What every key begins with."""
+
 
 class Keyring:
     """The keys in one file, read anew when it changes.
@@ -51,7 +56,7 @@ class Keyring:
         """
         if not name.strip() or len(name) > 100 or not name.isprintable():
             raise ICAEError(f"a key's name has 1 to 100 printable characters, got {name[:40]!r}")
-        key = "icae_" + secrets.token_urlsafe(32)
+        key = PREFIX + secrets.token_urlsafe(32)
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._write([*self.rows(), {"name": name, "sha256": _hash(key), "made": made}])
         return key

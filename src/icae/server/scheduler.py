@@ -2,7 +2,7 @@
 
 An iteration of the thread:   forget what was cancelled or is too late
                               take new jobs, one of each tenant in turn, while there is room
-                              let one job in preparation do its next piece (a batch of segments, 128 tokens of a prompt);
+                              let one job in preparation do its next piece (a segment, a gradient step on it, 128 tokens of a prompt);
                                   while more jobs wait than generate, one that is ready begins another: they step together the sooner
                               one step of all rows that generate, which guess ahead
 

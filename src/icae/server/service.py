@@ -20,9 +20,10 @@ from icae.base import Base
 from icae.catalogue import Entry
 from icae.chat import encode, render
 from icae.errors import ICAEError
-from icae.focus import asked, relevant, selected
+from icae.focus import asked, counted, relevant, selected
 from icae.model import ICAE
 from icae.objectives import Example, Marker
+from icae.overlap import Texts
 from icae.reader import Sampling
 from icae.server.lately import Lately
 from icae.server.limits import Limits
@@ -65,8 +66,8 @@ class Service:
     def __init__(self, model: ICAE, store: SlotStore, limits: Limits):
         self.model, self.store, self.limits = model, store, limits
         self.prefixes = Prefixes(model, limits.prefix_bytes)
-        self.whole: Lately[MemorySlots] = Lately(limits.slot_bytes, lambda slots: slots.nbytes)
-        self.compressing: set[str] = set()
+        self.whole: Lately[tuple[MemorySlots, Texts | None]] = Lately(limits.slot_bytes, _size)
+        self.under_way: set[str] = set()
 
     # ---- contexts ----
 
@@ -91,16 +92,16 @@ class Service:
         Two requests with the same text wait for one another, so that it is compressed once.
         """
         begun, mark = time.time(), hashlib.sha256(repr((ratio, ids)).encode()).hexdigest()
-        while mark in self.compressing:
+        while mark in self.under_way:
             yield
-        self.compressing.add(mark)
+        self.under_way.add(mark)
         try:
             added: Added = yield from saying(
-                None,
+                lambda _: None,
                 self.store.adding(self.model, ids, name, namespace=namespace, source=source, ratio=ratio, batch_size=SEGMENTS_AT_ONCE),
             )
         finally:
-            self.compressing.discard(mark)
+            self.under_way.discard(mark)
         if self.limits.store_bytes is not None and added.fresh:
             self.store.gc(self.limits.store_bytes)
             if not self.store.catalogue.parts(added.entry.entry):
@@ -236,8 +237,8 @@ class Service:
         key, most, tokens, slots = "+".join(contents), self.model.config.focus, None, None
         ids = self.model.base.encode(about)
         if ids and most and (len(contents) > 1 or most < self.store.catalogue.segments(key)):
-            slots = yield from self._whole(contents, key)
-            tokens, numbers = slots.tokens, (yield from relevant(self.model.reader, slots, ids, most))
+            slots, texts = yield from self._whole(contents, key)
+            tokens, numbers = slots.tokens, (yield from relevant(self.model.reader, slots, ids, most, texts))
             slots, key = selected(slots, numbers), f"{namespace}#{key}#{','.join(map(str, numbers))}"
         found = self.prefixes.get(key)
         if found is not None:
@@ -250,10 +251,11 @@ class Service:
         yield
         return key, found
 
-    def _whole(self, contents: list[str], key: str) -> Generator[None, None, MemorySlots]:
-        """Return the slots of contexts that prompts are about a part of: from memory if they were asked lately, else from the store."""
+    def _whole(self, contents: list[str], key: str) -> Generator[None, None, tuple[MemorySlots, Texts | None]]:
+        """Return slots that prompts are about a part of, and their letters: from memory if asked lately, else from the store."""
         if (found := self.whole.get(key)) is None:
-            found = yield from self._slots(contents)
+            slots = yield from self._slots(contents)
+            found = slots, None if slots.ids is None else (yield from counted(self.model.reader, slots))
             self.whole.keep(key, found)
         for content in contents:
             self.store.catalogue.touch(content)
@@ -268,6 +270,11 @@ class Service:
         slots = MemorySlots.concatenate(parts)
         self.model.check(slots)
         return slots
+
+
+def _size(kept: tuple[MemorySlots, Texts | None]) -> int:
+    slots, texts = kept
+    return slots.nbytes + (0 if texts is None else texts.nbytes)
 
 
 class Speech:
