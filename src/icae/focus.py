@@ -31,7 +31,7 @@ SHARE = 0.7
 MARGIN = 5.0
 """Nats of relevance behind the best one from which a document is left out where all could be read: most questions differ by more between
 two documents, requests that are about no place in particular by less."""
-FAINT = 3.0
+FAINT = 4.0
 """Grams of the rarest kind: having less in common with the prompt, the best segment is not told apart from the others."""
 COUNTED_AT_ONCE = 128
 """Segments whose letters are counted between two pieces of other work."""
