@@ -29,8 +29,9 @@ def ship(run: Path, name: str) -> Path:
         before = json.loads((find_checkpoint(init) / "trainer_state.json").read_text())["log_history"]
         state["log_history"] = going_on(before, state["log_history"])
     ICAE.from_pretrained(run).save_pretrained(folder, dtype=torch.float16)
+    shipped = ICAE.from_pretrained(folder).origin.adapter  # its reports in results/ carry it
     (folder / "train_config.json").write_text(settings.read_text())
-    kept = {key: state[key] for key in ("global_step", "max_steps", "log_history")}
+    kept = {key: state[key] for key in ("global_step", "max_steps", "log_history")} | {"adapter": shipped}
     (folder / "trainer_state.json").write_text(json.dumps(kept, indent=1) + "\n")
     return folder
 

@@ -79,10 +79,17 @@ def results_table(checkpoint: str | None = None) -> str:
     ]
     lines: list[str] = []
     for name, head, cells in tables:
-        rows = [[r["checkpoint"], *row, r["commit"]] for r in reports if r["name"] == name for row in cells(r["results"], r["settings"])]
+        rows = [[r["checkpoint"], *row, _commit(r)] for r in reports if r["name"] == name for row in cells(r["results"], r["settings"])]
         if rows:
             lines += [head, "|---" * (head.count("|") - 1) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
     return "\n".join(lines)
+
+
+def _commit(report: dict[str, Any]) -> str:
+    """Return a report's commit, and whether it is of an adapter that ships no more."""
+    file = ROOT / "src/icae/adapters" / report["checkpoint"] / "trainer_state.json"
+    ships = not file.exists() or json.loads(file.read_text())["adapter"] == report["adapter"]
+    return report["commit"] if ships else f"{report['commit']} (of an adapter before)"
 
 
 def _autoencoding(results: list[dict[str, Any]], about: dict[str, Any]) -> Iterator[list[Any]]:
@@ -136,18 +143,18 @@ def answers_table() -> str:
                     lines.append(f"| slots' share of that | {f1:.1%} | {rouge:.1%} | | |")
         for side, words in _SIDES.items():
             if f"f1_{side}" in x:
-                lines.append(_reader(words, x, side, report["commit"]))
+                lines.append(_reader(words, x, side, _commit(report)))
         lines.append("")
     for report in reports:
         x = report["results"]
         if report.get("name") == "qa-documents":
             kept = f"{x['f1_several']:.3f} from {x['documents']} documents' slots joined, {x['f1_one']:.3f} from the asked one's alone"
-            lines += [f"{report['checkpoint']}, {x['n']} questions: F1 {kept} ({x['several_over_one']:.1%}; {report['commit']}).", ""]
+            lines += [f"{report['checkpoint']}, {x['n']} questions: F1 {kept} ({x['several_over_one']:.1%}; {_commit(report)}).", ""]
         if report.get("name") == "qa-places":
             for side in ("slots", "text"):
                 if f"f1_{side}_start" in x:
                     places = ", ".join(f"{x[f'f1_{side}_{place}']:.3f} at the {place}" for place in ("start", "middle", "end"))
-                    worst = f"worst {x[f'worst_over_best_{side}']:.1%} of best; {report['commit']}"
+                    worst = f"worst {x[f'worst_over_best_{side}']:.1%} of best; {_commit(report)}"
                     lines += [f"{report['checkpoint']}, {x['n']} questions, {x['length']} tokens, from {side}: F1 {places} ({worst}).", ""]
     return "\n".join(lines) or "Not measured yet.\n"
 

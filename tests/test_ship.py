@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import load_script, make_icae
 
+from icae import ICAE
+
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
@@ -31,7 +33,7 @@ def test_a_second_stage_counts_on_where_the_first_ended(script, base, tmp_path):
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["log_history"][:2] == json.loads((first / "trainer_state.json").read_text())["log_history"]
     assert state["log_history"][2] == {"step": 13, "loss": 1.0, "minutes": 2.5, "context_tokens": 100}
-    assert "epoch" not in state
+    assert "epoch" not in state and state["adapter"] == ICAE.from_pretrained(folder).origin.adapter
 
 
 def test_a_checkpoint_ships_in_half_precision_with_the_settings_of_its_run(script, base, tmp_path):
