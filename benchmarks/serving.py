@@ -97,9 +97,10 @@ def throughput(bench: Bench) -> dict[str, Any]:
 
 
 def latency(bench: Bench) -> dict[str, Any]:
-    """First token and whole answer: context hot, context cold, full text."""
+    """First token and whole answer: context hot, context cold, full text; and the first token of a prompt that was never asked before."""
     size, contexts, kind = bench.size, bench.contexts(bench.size.context), bench.model.config.kind
     seconds: dict[str, list[Answer]] = {"hot": [], "cold": [], "text": []}
+    new: list[float] = []
     with bench.serve() as hot, bench.serve(prefix_bytes=1, slot_bytes=1) as cold:
         pairs = _long_answers(hot, contexts, size)
         for i in range(size.repeats + 1):  # the first is a warm-up
@@ -115,6 +116,8 @@ def latency(bench: Bench) -> dict[str, Any]:
                 answer = side()
                 assert answer.tokens == size.answer, (name, answer)
                 seconds[name] += [answer] if i else []
+            other = chat({"context_id": context.id}, f"{question} ({i})", size.answer)
+            new += [stream(hot.client, other).first] if i else []
     measures = []
     asked = {"first": (30 if kind == "kv" else 3.5), "whole": (3.5 if kind == "kv" else None)}
     for name, what in (("first", "time to first token"), ("whole", f"whole answer of {size.answer} tokens")):
@@ -124,8 +127,11 @@ def latency(bench: Bench) -> dict[str, Any]:
             shown = f"{ratio:.1f}x ({1e3 * medians[side]:.0f} ms against {1e3 * medians['text']:.0f} ms)"
             what_ = f"{what}, {size.context} tokens as {kind} slots, {side}, against full text"
             measures.append(measure(what_, f"{least:g}x" if least else "-", ratio, not least or ratio >= least, shown))
+    ratio = statistics.median(a.first for a in seconds["text"]) / statistics.median(new)
+    what_ = f"time to first token, {size.context} tokens as {kind} slots, hot, a prompt never asked before, against full text"
+    measures.append(measure(what_, "-", ratio, True, f"{ratio:.1f}x ({1e3 * statistics.median(new):.0f} ms)"))
     times = {side: [[a.first, a.whole] for a in answers] for side, answers in seconds.items()}
-    return {"measures": measures, "first_and_whole_s": times}
+    return {"measures": measures, "first_and_whole_s": times, "new_prompt_s": new}
 
 
 def memory(bench: Bench) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from icae.errors import ICAEError
 from icae.objectives import Example, Marker
 from icae.reader import GREEDY
 from icae.serve_cli import serve
+from icae.server import service as service_room
 from icae.server.app import create_app
 from icae.server.keys import Keyring
 from icae.server.limits import Limits
@@ -513,13 +514,16 @@ def test_one_key_cannot_read_or_guess_anothers_contexts(guarded, store):
 def test_what_one_key_asked_is_not_ready_for_another(guarded, model, monkeypatch):
     client, keys, _ = guarded
     monkeypatch.setattr(model, "config", model.config.replace(focus=2))
-    prefixes, hits = client.app.state.server.service.prefixes, []
+    prefixes, hits, looked = client.app.state.server.service.prefixes, [], []
+    relevant = service_room.relevant
+    monkeypatch.setattr(service_room, "relevant", lambda *a, **kw: looked.append(1) or relevant(*a, **kw))
     for name in ("ada", "ada", "ben", "ben"):
         body = {"messages": [{"role": "user", "content": [context(text=TEXT), {"type": "text", "text": QUESTION}]}], "max_tokens": 2}
         before = prefixes.hits
         assert client.post("/v1/chat/completions", json=body, headers=keys[name]).status_code == 200
         hits.append(prefixes.hits - before)
     assert hits == [0, 1, 0, 1]
+    assert len(looked) == 2  # what it was about is remembered, each key for itself
 
 
 def test_what_is_wrong_is_named_as_the_client_wrote_it(client):

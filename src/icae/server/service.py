@@ -37,6 +37,9 @@ from icae.store import Added, SlotStore
 SEGMENTS_AT_ONCE = 1
 """Segments that are encoded, or polished by one step, between two steps of those who generate."""
 
+CHOSEN_BYTES = 1 << 22
+"""Memory for which segments prompts were about: "Summarise the text." comes again and again."""
+
 Wanted = str | list[int]
 """A context: the hash of a stored content, or the token ids of a text."""
 
@@ -67,6 +70,7 @@ class Service:
         self.model, self.store, self.limits = model, store, limits
         self.prefixes = Prefixes(model, limits.prefix_bytes)
         self.whole: Lately[tuple[MemorySlots, Texts | None]] = Lately(limits.slot_bytes, _size)
+        self.chosen: Lately[list[int]] = Lately(CHOSEN_BYTES, lambda numbers: 200 + 8 * len(numbers))
         self.under_way: set[str] = set()
 
     # ---- contexts ----
@@ -234,18 +238,25 @@ class Service:
         Several contexts, and long ones, are narrowed to what the prompt is about; only the same namespace finds that again, since another
         could tell by its times what was asked.
         """
-        key, most, tokens, slots = "+".join(contents), self.model.config.focus, None, None
-        ids = self.model.base.encode(about)
-        if ids and most and (len(contents) > 1 or most < self.store.catalogue.segments(key)):
-            slots, texts = yield from self._whole(contents, key)
-            tokens, numbers = slots.tokens, (yield from relevant(self.model.reader, slots, ids, most, texts))
-            slots, key = selected(slots, numbers), f"{namespace}#{key}#{','.join(map(str, numbers))}"
+        every, most, numbers = "+".join(contents), self.model.config.focus, None
+        key, ids = every, self.model.base.encode(about)
+        if ids and most and (len(contents) > 1 or most < self.store.catalogue.segments(every)):
+            mark = f"{namespace}#{every}#{hashlib.sha256(repr(ids).encode()).hexdigest()}"
+            if (numbers := self.chosen.get(mark)) is None:
+                whole, texts = yield from self._whole(contents, every)
+                numbers = yield from relevant(self.model.reader, whole, ids, most, texts)
+                self.chosen.keep(mark, numbers)
+            key = f"{namespace}#{every}#{','.join(map(str, numbers))}"
         found = self.prefixes.get(key)
         if found is not None:
             for content in contents:
                 self.store.catalogue.touch(content)
             return key, found
-        slots = (yield from self._slots(contents)) if slots is None else slots
+        if numbers is None:
+            slots, tokens = (yield from self._slots(contents)), None
+        else:
+            whole, _ = yield from self._whole(contents, every)
+            slots, tokens = selected(whole, numbers), whole.tokens
         check_positions(self.model, slots.span + self.model.config.marker_length, 1)
         found = self.prefixes.put(key, slots, tokens)
         yield
