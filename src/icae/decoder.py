@@ -117,8 +117,9 @@ class Decoder:
         chance = None if seed is None else torch.Generator(inputs_BTD.device).manual_seed(seed)
         rows = torch.arange(inputs_BTD.shape[0], device=inputs_BTD.device)
         last = real_BT.sum(1) - 1
-        output, cache, real = self._read(slots, inputs_BTD, positions_BT, real_BT, last)
-        logits, position = output.logits[rows, rows], positions_BT[rows, last]
+        lasts, which = last.unique(return_inverse=True)
+        output, cache, real = self._read(slots, inputs_BTD, positions_BT, real_BT, lasts)
+        logits, position = output.logits[rows, which], positions_BT[rows, last]
         alive = [n > 0 for n in max_new_tokens]
         order = list(range(len(alive)))  # the row that stands at each place of the cache
         made = 0
