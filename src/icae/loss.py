@@ -117,8 +117,5 @@ def _apart(mine: list[Tensor], theirs: list[Tensor], taught: Tensor, widths: Ten
         (rows[whose].to(device, non_blocking=True), (end[whose] - back).to(device, non_blocking=True))
         for rows, end in zip((taught, torch.arange(len(taught))), ends, strict=True)
     )
-    total = weight.new_zeros(())
-    for pupil, teacher in zip(mine, theirs, strict=True):
-        wanted = teacher[there].float()
-        total = total + ((pupil[here].float() - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1)) @ weight
-    return total / len(theirs)
+    pupil, wanted = (torch.stack([layer[at] for layer in layers]).float() for layers, at in ((mine, here), (theirs, there)))
+    return ((pupil - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1)).mean(0) @ weight
