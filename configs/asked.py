@@ -18,9 +18,9 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from cloze import passages
@@ -40,8 +40,7 @@ MOST_QUESTION, MOST_ANSWER, _SCORED = 28, 40, 128
 """Tokens; and answers that are scored at once."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A triple."""
 
     input: str
@@ -50,7 +49,7 @@ class Row:
 
     def line(self) -> str:
         """Return it as a line of JSON."""
-        return json.dumps(vars(self), ensure_ascii=False) + "\n"
+        return json.dumps(self._asdict(), ensure_ascii=False) + "\n"
 
 
 def turned(source: str) -> Iterator[Row]:
