@@ -138,6 +138,7 @@ class Reader:
         sampling: Sampling = GREEDY,
         least: int = 0,
         guides: Sequence[Guide | None] | None = None,
+        beginnings: int = 1,
     ) -> Iterator[list[int | None]]:
         """Read slots, marker and prompts, then generate, a step at a time; without a marker, the prompts alone, as the base reads them.
 
@@ -157,6 +158,8 @@ class Reader:
             No row ends before it has as many.
         guides : sequence of (Guide or None), optional
             What has a say in each row's tokens.
+        beginnings : int
+            Likeliest first tokens that each row is begun with (beginnings.py); where tokens are drawn, one.
 
         Returns
         -------
@@ -190,6 +193,7 @@ class Reader:
             seed=sampling.seed,
             min_new_tokens=least,
             guides=guides,
+            beginnings=1 if sampling.temperature else beginnings,
         )
 
     def collect(
@@ -200,10 +204,11 @@ class Reader:
         limits: list[int],
         sampling: Sampling = GREEDY,
         guides: Sequence[Guide | None] | None = None,
+        beginnings: int = 1,
     ) -> list[list[int]]:
         """Return all that each row generates; parameters as for `generate`."""
         made: list[list[int]] = [[] for _ in prompts]
-        for step in self.generate(slots, prompts, marker, limits, sampling, guides=guides):
+        for step in self.generate(slots, prompts, marker, limits, sampling, guides=guides, beginnings=beginnings):
             for row, new in zip(made, step, strict=True):
                 if new is not None:
                     row.append(new)
@@ -218,10 +223,11 @@ class Reader:
         sampling: Sampling = GREEDY,
         least: int = 0,
         guide: Guide | None = None,
+        beginnings: int = 1,
     ) -> Iterator[int]:
         """Yield what is generated for one row; parameters as for `generate`."""
-        guides = None if guide is None else [guide]
-        for (new,) in self.generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least, guides):
+        rows = None if slots is None else [slots]
+        for (new,) in self.generate(rows, [prompt], marker, [limit], sampling, least, [guide], beginnings):
             if new is None:
                 return
             yield new
