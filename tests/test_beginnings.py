@@ -98,3 +98,24 @@ def test_without_slots_the_base_answers_as_it_does(model):
     model.config = model.config.replace(beginnings=4)
     assert model.answers(None, ["Why?"], max_new_tokens=8) == model.answers(None, ["Why?"], max_new_tokens=8, beginnings=1)
     assert model.answers(None, ["Why?"], max_new_tokens=8, beginnings=4) != model.answers(None, ["Why?"], max_new_tokens=8)
+
+
+def test_an_answer_of_the_questions_own_words_is_doubted():
+    doubt = room.echo("Which oil does the bearing take?", lambda ids: " ".join(map(str, ids)))
+    assert doubt(["Oil."]) == doubt(["The", "bearing"]) == doubt(["?"]) == room.ECHO
+    assert doubt(["Linseed", "oil"]) == doubt(["42"]) == 0
+
+
+def test_a_doubted_beginning_gives_way_to_the_next(base):
+    prompt = random_ids(5)[0]
+    best = generated(base, [prompt], 3, 6)[0]
+    other = generated(base, [prompt], 3, 6, doubts=[lambda ids: 100.0 * (ids == best[: len(ids)])])[0]
+    assert other != best and generated(base, [prompt], 3, 6, doubts=[lambda ids: 100.0])[0] == best
+
+
+def test_a_full_texts_words_are_not_the_questions(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr("icae.model.echo", lambda prompt, decode: seen.append(prompt) or (lambda ids: 0.0))
+    model.answers(None, ["A text.\n\nWhy?"], max_new_tokens=2, beginnings=2, questions=["Why?"])
+    model.answers(None, ["Why not?"], max_new_tokens=2)
+    assert seen == ["Why?", "Why not?"]

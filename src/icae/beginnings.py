@@ -4,12 +4,14 @@
 
 The first token decides what an answer says, and where several answers begin alike its likelihood is theirs together: the likeliest
 token may begin none that is likely as a whole. So the decoder looks ahead: branches at the first token (arXiv 2402.10200), compared by
-likelihood normalised by length (arXiv 1609.08144). Knows ids and logits: no slots, no text.
+likelihood normalised by length (arXiv 1609.08144). What only says the question's words again answers nothing, and counts less. Knows no
+slots.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,6 +20,12 @@ from torch import Tensor
 
 LENGTH = 24
 """Tokens after which beginnings are compared; shorter answers are compared whole, with what ends them."""
+ECHO = 1.0
+"""Nats a token off a beginning that has no word but the prompt's own. Of a choice, "this or that?", it may still be the likeliest."""
+_WORD = re.compile(r"\w+")
+
+Doubt = Callable[[list[int]], float]
+"""From a beginning's ids, what is taken off its mean log-likelihood."""
 
 
 class Guide(Protocol):
@@ -76,6 +84,7 @@ def begin(
     ends: set[int],
     guides: Sequence[Guide | None],
     choose: Callable[[list[Guide | None], Tensor], Tensor],
+    doubts: Sequence[Doubt] | None = None,
 ) -> list[Beginning]:
     """Begin every row with its `count` likeliest tokens, and return the best beginning of each; `rows` then stand one for each.
 
@@ -93,6 +102,8 @@ def begin(
         One for each row; left as they are.
     choose : callable
         From guides and logits (rows, V), the next ids (rows,).
+    doubts : sequence of callable, optional
+        One for each row.
     """
     said = logits.float().log_softmax(-1)
     open_ends = said.clone()
@@ -113,6 +124,13 @@ def begin(
         for one, i, share in zip(made, ids.tolist(), shares, strict=True):
             if not one.over:
                 one.go_on(i, share, i in ends)
-    best = [max(range(at, at + count), key=lambda n: made[n].likelihood) for at in range(0, len(made), count)]
+    worth = [one.likelihood - (doubts[n // count](one.ids) if doubts else 0.0) for n, one in enumerate(made)]
+    best = [max(range(at, at + count), key=worth.__getitem__) for at in range(0, len(made), count)]
     rows.keep(torch.tensor(best, device=ids.device))
     return [made[n] for n in best]
+
+
+def echo(prompt: str, decode: Callable[[list[int]], str]) -> Doubt:
+    """Return the doubt about beginnings that say nothing but a prompt's own words; `decode` turns ids into text."""
+    asked = set(_WORD.findall(prompt.lower()))
+    return lambda ids: ECHO if asked.issuperset(_WORD.findall(decode(ids).lower())) else 0.0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from icae.base import Base, cached
-from icae.beginnings import Guide, begin
+from icae.beginnings import Doubt, Guide, begin
 from icae.slot_batch import SlotBatch
 
 
@@ -81,6 +81,7 @@ class Decoder:
         min_new_tokens: int = 0,
         guides: Sequence[Guide | None] | None = None,
         beginnings: int = 1,
+        doubts: Sequence[Doubt] | None = None,
     ) -> Iterator[list[int | None]]:
         """Generate row by row together, a token at a time.
 
@@ -100,6 +101,8 @@ class Decoder:
             One for each row.
         beginnings : int
             Likeliest first tokens that each row is begun with (beginnings.py); 1: no looking ahead. Not where tokens are drawn.
+        doubts : sequence of callable, optional
+            For each row, what its beginnings lose (beginnings.py).
 
         Yields
         ------
@@ -120,7 +123,7 @@ class Decoder:
         order = list(range(len(max_new_tokens)))  # the row that stands at each place
         alive, made, ids = [n > 0 for n in max_new_tokens], 0, None
         if beginnings > 1:
-            begun = begin(rows, logits, beginnings, max_new_tokens, ends, guides, lambda g, scores: choosing(guided(g, scores)))
+            begun = begin(rows, logits, beginnings, max_new_tokens, ends, guides, lambda g, scores: choosing(guided(g, scores)), doubts)
             made = max(len(one.ids) for one in begun)
             for n in range(made):
                 yield [one.ids[n] if n < min(len(one.ids), most) else None for one, most in zip(begun, max_new_tokens, strict=True)]

@@ -90,7 +90,7 @@ def qa(
                 texts = [base.decode(delete_by_surprise(base, c, s.count)) for c, s in zip(contexts, slots, strict=True)]
             asked = [full_text(c, p) for c, p in zip(texts, prompts, strict=True)] if texts else prompts
             many = model.config.beginnings if side == "text_grounded" or (read and side != "slots_greedy") else 1
-            made = model.answers(read, asked, max_new_tokens=max_new_tokens, words=words, beginnings=many)
+            made = model.answers(read, asked, max_new_tokens=max_new_tokens, words=words, beginnings=many, questions=prompts)
             for i, response in zip(chosen, made, strict=True):
                 rows[i][side] = response
         if progress is not None:
