@@ -10,7 +10,6 @@ Shape legend: B rows, K slots of the longest, T prompt tokens of the longest, D 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -119,11 +118,14 @@ class Decoder:
         output, cache, real = self._read(slots, inputs_BTD, positions_BT, real_BT, lasts)
         rows, logits = _Rows(self.base, cache, real, positions_BT[every, last]), output.logits[every, which]
         guides = [None] * len(max_new_tokens) if guides is None else list(guides)
-        choosing = partial(choose, temperature=temperature, top_p=top_p, chance=chance)
         order = list(range(len(max_new_tokens)))  # the row that stands at each place
         alive, made, ids = [n > 0 for n in max_new_tokens], 0, None
+
+        def follow(guides: Sequence[Guide | None], logits: Tensor) -> Tensor:
+            return choose(guided(guides, logits), temperature, top_p, chance)
+
         if beginnings > 1:
-            begun = begin(rows, logits, beginnings, max_new_tokens, ends, guides, lambda g, scores: choosing(guided(g, scores)), doubts)
+            begun = begin(rows, logits, beginnings, max_new_tokens, ends, guides, follow, doubts)
             made = max(len(one.ids) for one in begun)
             for n in range(made):
                 yield [one.ids[n] if n < min(len(one.ids), most) else None for one, most in zip(begun, max_new_tokens, strict=True)]
@@ -141,7 +143,7 @@ class Decoder:
                 logits = rows.read(ids)
             if made < min_new_tokens:
                 logits[:, list(ends)] = -torch.inf
-            ids = choosing(guided([guides[row] for row in order], logits))
+            ids = follow([guides[row] for row in order], logits)
             made += 1
             step: list[int | None] = [None] * len(alive)
             for row, i in zip(order, ids.tolist(), strict=True):
