@@ -32,7 +32,6 @@ LEVELS = {
     "polish": 7,
     "focus": 6,
     "grounding": 0,
-    "beginnings": 0,
     "overlap": 0,
     "stepwise": 0,
     "model": 9,
