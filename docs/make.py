@@ -161,14 +161,15 @@ def answers_table() -> str:
 
 _BOUNDS = {
     "text": "the full text, by the base fine-tuned on it",
-    "text_grounded": "the same, kept to the text's words as the slots' answers are",
+    "text_grounded": "the same, kept to the text's words and begun in several ways as the slots' answers are",
 }
 _SIDES = {
     "slots": "**slots**",
     "slots_read": "slots, words from the text as it is read back from them",
     "slots_free": "slots, words free",
+    "slots_greedy": "slots, the likeliest token first",
     "text": "the full text, by the base as published",
-    "text_grounded": "the same, kept to the text's words",
+    "text_grounded": "the same, kept to the text's words and begun in several ways",
     "cut": "as many tokens as slots: the beginning",
     "deleted": "as many tokens as slots: the most surprising",
     "none": "nothing",

@@ -32,6 +32,7 @@ LEVELS = {
     "polish": 7,
     "focus": 6,
     "grounding": 0,
+    "beginnings": 0,
     "overlap": 0,
     "stepwise": 0,
     "model": 9,

@@ -90,7 +90,7 @@ def save_base(folder: Path, family: str = "llama", *, seed: int = 0, **shape: ob
 def make_icae(base: Base, *, seed: int = 0, stirred: float = 0.0, **settings: object) -> ICAE:
     """Build an ICAE on a base; `stirred` adds noise of that size to all that is trained, so that LoRA is no longer the identity."""
     torch.manual_seed(seed)
-    settings = {"lora_rank": 4, "lora_alpha": 4, "segment_length": 16, "polish": 0, "focus": 0, "grounding": 0, **settings}
+    settings = {"lora_rank": 4, "lora_alpha": 4, "segment_length": 16, "polish": 0, "focus": 0, "grounding": 0, "beginnings": 1, **settings}
     model = ICAE(base, ICAEConfig(**settings)).eval()
     with torch.no_grad():
         for p in model.adapter_tensors().values():

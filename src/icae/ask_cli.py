@@ -10,6 +10,7 @@ import typer
 from icae.errors import ICAEError
 from icae.terminal import (
     BaseName,
+    Beginnings,
     Device,
     Focus,
     Grounding,
@@ -43,6 +44,7 @@ def ask(
     seed: SamplingSeed = 0,
     focus: Focus = None,
     grounding: Grounding = None,
+    beginnings: Beginnings = None,
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
@@ -68,7 +70,7 @@ def ask(
         icae = load_model(model, base, device)
     else:
         loaded = from_store(stored, store, key) if stored else MemorySlots.load(slots)
-        icae = load_model(model, base, device, focus=focus, grounding=grounding)
+        icae = load_model(model, base, device, focus=focus, grounding=grounding, beginnings=beginnings)
         about["segments"] = len(loaded.segments)
         loaded = icae.focused(loaded, prompt)
         about["segments_asked"] = len(loaded.segments)

@@ -12,6 +12,7 @@ import typer
 from icae.errors import ICAEError
 from icae.terminal import (
     BaseName,
+    Beginnings,
     Device,
     Focus,
     Grounding,
@@ -50,6 +51,7 @@ def chat(
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,
+    beginnings: Beginnings = None,
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
@@ -70,7 +72,7 @@ def chat(
         slots = MemorySlots.load(context)
     else:
         text = read_text(context)
-    icae = load_model(model, base, device, polish=polish, focus=focus, grounding=grounding)
+    icae = load_model(model, base, device, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
     slots = slots or icae.compress(text, ratio=ratio)
     icae.check(slots)
     print(f"{slots.tokens} tokens in {slots.count} slots; /forget begins anew, /quit leaves", file=sys.stderr, flush=True)

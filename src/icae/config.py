@@ -113,6 +113,10 @@ class ICAEConfig(_Config):
     grounding: float = setting(
         1.0, "How strongly an answer keeps to the words of its context: a factor of what other tokens lose (grounding.py); 0: not at all."
     )
+    beginnings: int = setting(
+        3,
+        "Likeliest first tokens that an answer is begun with, to go on from the likeliest beginning (beginnings.py); 1: of one.",
+    )
     layout: str = setting("spread", "Position ids of memory tokens: 'spread' over the context or 'appended' after it.")
     memory: str = setting(
         "pooled",
@@ -149,6 +153,7 @@ class ICAEConfig(_Config):
         if self.polish is not None:
             _at_least("polish", self.polish, 0, "1 is a good deal better than none")
         _at_least("focus", self.focus, 0, "0 reads every segment of a context, however long")
+        _at_least("beginnings", self.beginnings, 1, "3 often find a better answer than the likeliest first token")
         _at_least("grounding", self.grounding, 0, "0 leaves the spelling of answers to the slots alone")
         _at_least("segment_length", self.segment_length, self.ratio, "a segment holds one slot's block at least")
         _at_least("marker_length", self.marker_length, 1, "2 lets the first token be read back too")

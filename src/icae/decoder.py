@@ -10,23 +10,14 @@ Shape legend: B rows, K slots of the longest, T prompt tokens of the longest, D 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from icae.base import Base, cached
+from icae.beginnings import Doubt, Guide, begin
 from icae.slot_batch import SlotBatch
-
-
-class Guide(Protocol):
-    """What has a say in which tokens one row generates."""
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return logits (V,) changed."""
-
-    def advance(self, id: int) -> None:
-        """Take note of the token that was chosen."""
 
 
 class Decoder:
@@ -88,6 +79,8 @@ class Decoder:
         stop: list[int] | None = None,
         min_new_tokens: int = 0,
         guides: Sequence[Guide | None] | None = None,
+        beginnings: int = 1,
+        doubts: Sequence[Doubt] | None = None,
     ) -> Iterator[list[int | None]]:
         """Generate row by row together, a token at a time.
 
@@ -105,6 +98,10 @@ class Decoder:
             No row ends before it has as many.
         guides : sequence of (Guide or None), optional
             One for each row.
+        beginnings : int
+            Likeliest first tokens that each row is begun with (beginnings.py); 1: no looking ahead. Not where tokens are drawn.
+        doubts : sequence of callable, optional
+            For each row, what its beginnings lose (beginnings.py).
 
         Yields
         ------
@@ -115,45 +112,47 @@ class Decoder:
             return
         ends = set(self.base.eos_ids if stop is None else stop)
         chance = None if seed is None else torch.Generator(inputs_BTD.device).manual_seed(seed)
-        rows = torch.arange(inputs_BTD.shape[0], device=inputs_BTD.device)
+        every = torch.arange(inputs_BTD.shape[0], device=inputs_BTD.device)
         last = real_BT.sum(1) - 1
         lasts, which = last.unique(return_inverse=True)
         output, cache, real = self._read(slots, inputs_BTD, positions_BT, real_BT, lasts)
-        logits, position = output.logits[rows, which], positions_BT[rows, last]
-        alive = [n > 0 for n in max_new_tokens]
-        order = list(range(len(alive)))  # the row that stands at each place of the cache
-        made = 0
+        rows, logits = _Rows(self.base, cache, real, positions_BT[every, last]), output.logits[every, which]
+        guides = [None] * len(max_new_tokens) if guides is None else list(guides)
+        order = list(range(len(max_new_tokens)))  # the row that stands at each place
+        alive, made, ids = [n > 0 for n in max_new_tokens], 0, None
+
+        def follow(guides: Sequence[Guide | None], logits: Tensor) -> Tensor:
+            return choose(guided(guides, logits), temperature, top_p, chance)
+
+        if beginnings > 1:
+            begun = begin(rows, logits, beginnings, max_new_tokens, ends, guides, follow, doubts)
+            made = max(len(one.ids) for one in begun)
+            for n in range(made):
+                yield [one.ids[n] if n < min(len(one.ids), most) else None for one, most in zip(begun, max_new_tokens, strict=True)]
+            alive = [not one.ended and most > made for one, most in zip(begun, max_new_tokens, strict=True)]
+            guides, ids = [one.guide for one in begun], torch.tensor([one.ids[-1] for one in begun], device=every.device)
         while True:
+            if ids is not None:
+                staying = [place for place, row in enumerate(order) if alive[row]]
+                if not staying:
+                    return
+                if 2 * len(staying) <= len(order):  # ended rows are computed with the others until there are as many of them
+                    order, places = [order[place] for place in staying], torch.tensor(staying, device=ids.device)
+                    rows.keep(places)
+                    ids = ids[places]
+                logits = rows.read(ids)
             if made < min_new_tokens:
                 logits[:, list(ends)] = -torch.inf
-            if guides is not None:
-                logits = torch.stack([guided(guides[row], scores) for row, scores in zip(order, logits, strict=True)])
-            ids = choose(logits, temperature, top_p, chance)
+            ids = follow([guides[row] for row in order], logits)
             made += 1
             step: list[int | None] = [None] * len(alive)
             for row, i in zip(order, ids.tolist(), strict=True):
                 alive[row] = alive[row] and i not in ends
                 step[row] = i if alive[row] else None
-                if alive[row] and guides is not None and (guide := guides[row]) is not None:
+                if alive[row] and (guide := guides[row]) is not None:
                     guide.advance(i)
             yield step
             alive = [a and made < n for a, n in zip(alive, max_new_tokens, strict=True)]
-            if not any(alive):
-                return
-            position = position + 1
-            real = torch.cat([real, torch.ones_like(real[:, :1])], 1)
-            staying = [place for place, row in enumerate(order) if alive[row]]
-            if 2 * len(staying) <= len(order):  # ended rows are computed with the others until there are as many of them
-                order, chosen = [order[place] for place in staying], torch.tensor(staying, device=ids.device)
-                cache.batch_select_indices(chosen)
-                ids, position, real = ids[chosen], position[chosen], real[chosen]
-            output = self.base.model(
-                input_ids=ids[:, None],
-                position_ids=position[:, None],
-                attention_mask=real.long(),
-                **cached(self.base.model, cache),
-            )
-            logits = output.logits[:, -1]
 
     def prefix(self, slots: SlotBatch) -> Any:
         """Return the key-value cache (transformers' `DynamicCache`) that holds the slots alone, ready to be followed by inputs."""
@@ -205,9 +204,35 @@ class Decoder:
         return output, cache, real
 
 
-def guided(guide: Guide | None, logits: Tensor) -> Tensor:
-    """Return logits (V,) as a guide changes them; none: as they are."""
-    return logits if guide is None else guide.scores(logits)
+class _Rows:
+    """Rows that generate: the cache, which of it each reads, and the position of what each read last."""
+
+    def __init__(self, base: Base, cache: Any, real: Tensor, position: Tensor):
+        self.base, self.cache, self.real, self.position = base, cache, real, position
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Read a token a row, (rows,), and return logits (rows, V)."""
+        self.position = self.position + 1
+        self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
+        output = self.base.model(
+            input_ids=ids[:, None],
+            position_ids=self.position[:, None],
+            attention_mask=self.real.long(),
+            **cached(self.base.model, self.cache),
+        )
+        return output.logits[:, -1]
+
+    def keep(self, places: Tensor) -> None:
+        """Go on with these rows, (n,) int64, in this order; one may be there several times."""
+        self.cache.batch_select_indices(places)
+        self.real, self.position = self.real[places], self.position[places]
+
+
+def guided(guides: Sequence[Guide | None], logits: Tensor) -> Tensor:
+    """Return logits (rows, V) as each row's guide changes them; none: as they are."""
+    if not any(guide is not None for guide in guides):
+        return logits
+    return torch.stack([scores if guide is None else guide.scores(scores) for guide, scores in zip(guides, logits, strict=True)])
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator | None) -> Tensor:

@@ -13,6 +13,7 @@ from icae.errors import ICAEError
 from icae.segments import check_ratio
 from icae.terminal import (
     BaseName,
+    Beginnings,
     Device,
     Focus,
     Grounding,
@@ -105,6 +106,7 @@ def evaluate_qa(
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,
+    beginnings: Beginnings = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -118,7 +120,8 @@ def evaluate_qa(
     from icae.qa import qa
 
     settings = {"sides": [side.strip() for side in sides.split(",")], "ratio": ratio, "max_new_tokens": max_tokens}
-    loading = {"model": model, "base": base, "device": device, "polish": polish, "focus": focus, "grounding": grounding}
+    own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
+    loading = {"model": model, "base": base, "device": device} | own
     _evaluate_qa("qa", qa, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
@@ -131,6 +134,7 @@ def evaluate_qa_documents(
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,
+    beginnings: Beginnings = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -144,7 +148,8 @@ def evaluate_qa_documents(
     from icae.qa import documents as ask_documents
 
     settings = {"count": documents, "ratio": ratio, "max_new_tokens": max_tokens}
-    loading = {"model": model, "base": base, "device": device, "polish": polish, "focus": focus, "grounding": grounding}
+    own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
+    loading = {"model": model, "base": base, "device": device} | own
     _evaluate_qa("qa-documents", ask_documents, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
@@ -159,6 +164,7 @@ def evaluate_qa_places(
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,
+    beginnings: Beginnings = None,
     max_tokens: QaTokens = 48,
     seed: Seed = 0,
     model: Model = None,
@@ -173,7 +179,8 @@ def evaluate_qa_places(
 
     wanted = [side.strip() for side in sides.split(",")]
     settings = {"length": length, "whole": whole, "sides": wanted, "ratio": ratio, "max_new_tokens": max_tokens}
-    loading = {"model": model, "base": base, "device": device, "polish": polish, "focus": focus, "grounding": grounding}
+    own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
+    loading = {"model": model, "base": base, "device": device} | own
     _evaluate_qa("qa-places", places, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
@@ -242,7 +249,8 @@ def _evaluate_qa(
     if save is not None:
         from icae.report import write_report
 
-        asked = {"polish": icae.origin_at(settings["ratio"]).polish, "focus": icae.config.focus, "grounding": icae.config.grounding}
+        asked = {"polish": icae.origin_at(settings["ratio"]).polish}
+        asked |= {name: getattr(icae.config, name) for name in ("focus", "grounding", "beginnings")}
         about = {"data": Path(data).name, "samples": samples, "seed": seed, **asked, **settings}
         write_report(save, name, _checkpoint_name(loading["model"]), icae, about, results)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from icae.base import Base
+from icae.beginnings import Doubt, echo
 from icae.chat import chat_prompt, full_text
 from icae.config import ICAEConfig
 from icae.decoder import Decoder
@@ -354,16 +355,23 @@ class ICAE(nn.Module):
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
         words: Sequence[Words | None] | None = None,
+        beginnings: int | None = None,
+        questions: Sequence[str] | None = None,
     ) -> list[str]:
         """Respond to several prompts in one batch, each with its own slots; without slots, as the base alone would.
 
-        `words` are what each response is spelled by (`ICAE.words`); none: the slots' own context, and without slots nothing.
+        `words` are what each response is spelled by (`ICAE.words`); none: the slots' own context, and without slots nothing. `beginnings`
+        are how many ways each is begun (beginnings.py); none: the checkpoint's own, and without slots one. `questions` are what the prompts
+        ask, where these hold more.
         """
+        beginnings = (1 if slots is None else self.config.beginnings) if beginnings is None else beginnings
         slots = slots and [self.focused(s, p) for s, p in zip(slots, prompts, strict=True)]
         ids = [chat_prompt(self.base.tokenizer, p) for p in prompts]
         words = [self.words(s.ids) for s in slots] if words is None and slots is not None else words
         guides = None if words is None else [self.guide(w) for w in words]
-        made = self.reader.collect(slots, ids, None if slots is None else Marker.FT, [max_new_tokens] * len(ids), sampling, guides)
+        marker, limits = None if slots is None else Marker.FT, [max_new_tokens] * len(ids)
+        doubts = [echo(q, self.base.decode) for q in questions or prompts]
+        made = self.reader.collect(slots, ids, marker, limits, sampling, guides, beginnings, doubts)
         return [self.base.decode(row).strip() for row in made]
 
     def focused(self, slots: MemorySlots, prompt: str, *, history: list[dict[str, str]] | None = None) -> MemorySlots:
@@ -419,8 +427,10 @@ class ICAE(nn.Module):
         """Return a response piece by piece; `history` holds earlier turns as chat messages."""
         marker = None if slots is None else Marker.FT
         slots = slots and self.focused(slots, prompt, history=history)
-        guide = None if slots is None else self.guide(self.words(slots.ids))
-        return self._stream(slots, chat_prompt(self.base.tokenizer, prompt, history), marker, max_new_tokens, sampling, guide=guide)
+        guide, beginnings = (None, 1) if slots is None else (self.guide(self.words(slots.ids)), self.config.beginnings)
+        ids = chat_prompt(self.base.tokenizer, prompt, history)
+        doubts = [echo(prompt, self.base.decode)]
+        return self._stream(slots, ids, marker, max_new_tokens, sampling, guide=guide, beginnings=beginnings, doubts=doubts)
 
     def _stream(
         self,
@@ -431,11 +441,13 @@ class ICAE(nn.Module):
         sampling: Sampling,
         least: int = 0,
         guide: Guide | None = None,
+        beginnings: int = 1,
+        doubts: Sequence[Doubt] | None = None,
     ) -> Iterator[str]:
         """Check now, and return what is generated for one row, as text."""
         if slots is not None:
             self.check(slots)
-        return self.reader.text(self.reader.ids(slots, prompt, marker, limit, sampling, least, guide))
+        return self.reader.text(self.reader.ids(slots, prompt, marker, limit, sampling, least, guide, beginnings, doubts))
 
     def score(self, slots: Sequence[MemorySlots] | None, examples: Sequence[Example], *, marked: bool = True) -> list[Score]:
         """Score each example's target, read from its slots or from its own prompt alone (see `Reader.score`)."""

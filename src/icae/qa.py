@@ -23,7 +23,7 @@ from icae.triples import Triple
 
 Progress = Callable[[int, int], None]
 SIDES = ("text", "slots", "none", "cut", "deleted")
-MORE_SIDES = ("slots_free", "slots_read", "text_grounded")
+MORE_SIDES = ("slots_free", "slots_read", "slots_greedy", "text_grounded")
 PLACES = ("start", "middle", "end")
 _FILLERS = 64
 """Different paragraphs that `places` puts around questions, so that their slots are made once."""
@@ -45,8 +45,9 @@ def qa(
     ----------
     sides : sequence of str
         Among `text` (the base with the full text), `slots`, `none` (the question alone), and, with as many tokens as there are slots,
-        `cut` (the text's beginning) and `deleted` (its tokens that surprise the base most). And for what grounding does (grounding.py):
-        `slots_free` without it, `slots_read` by the text as it is read back from the slots, `text_grounded` the full text with it.
+        `cut` (the text's beginning) and `deleted` (its tokens that surprise the base most). And for what grounding and several
+        beginnings do (grounding.py, beginnings.py): `slots_free` without the one, `slots_greedy` without the other, `slots_read` grounded
+        by the text as it is read back from the slots, `text_grounded` the full text with both.
 
     Returns
     -------
@@ -88,7 +89,8 @@ def qa(
             elif side == "deleted":
                 texts = [base.decode(delete_by_surprise(base, c, s.count)) for c, s in zip(contexts, slots, strict=True)]
             asked = [full_text(c, p) for c, p in zip(texts, prompts, strict=True)] if texts else prompts
-            made = model.answers(read, asked, max_new_tokens=max_new_tokens, words=words)
+            many = model.config.beginnings if side == "text_grounded" or (read and side != "slots_greedy") else 1
+            made = model.answers(read, asked, max_new_tokens=max_new_tokens, words=words, beginnings=many, questions=prompts)
             for i, response in zip(chosen, made, strict=True):
                 rows[i][side] = response
         if progress is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from icae.beginnings import Doubt
 from icae.config import ICAEConfig
 from icae.decoder import Decoder, Guide
 from icae.errors import ICAEError
@@ -138,6 +139,8 @@ class Reader:
         sampling: Sampling = GREEDY,
         least: int = 0,
         guides: Sequence[Guide | None] | None = None,
+        beginnings: int = 1,
+        doubts: Sequence[Doubt] | None = None,
     ) -> Iterator[list[int | None]]:
         """Read slots, marker and prompts, then generate, a step at a time; without a marker, the prompts alone, as the base reads them.
 
@@ -157,6 +160,10 @@ class Reader:
             No row ends before it has as many.
         guides : sequence of (Guide or None), optional
             What has a say in each row's tokens.
+        beginnings : int
+            Likeliest first tokens that each row is begun with (beginnings.py); where tokens are drawn, one.
+        doubts : sequence of callable, optional
+            For each row, what its beginnings lose.
 
         Returns
         -------
@@ -190,6 +197,8 @@ class Reader:
             seed=sampling.seed,
             min_new_tokens=least,
             guides=guides,
+            beginnings=1 if sampling.temperature else beginnings,
+            doubts=doubts,
         )
 
     def collect(
@@ -200,10 +209,12 @@ class Reader:
         limits: list[int],
         sampling: Sampling = GREEDY,
         guides: Sequence[Guide | None] | None = None,
+        beginnings: int = 1,
+        doubts: Sequence[Doubt] | None = None,
     ) -> list[list[int]]:
         """Return all that each row generates; parameters as for `generate`."""
         made: list[list[int]] = [[] for _ in prompts]
-        for step in self.generate(slots, prompts, marker, limits, sampling, guides=guides):
+        for step in self.generate(slots, prompts, marker, limits, sampling, guides=guides, beginnings=beginnings, doubts=doubts):
             for row, new in zip(made, step, strict=True):
                 if new is not None:
                     row.append(new)
@@ -218,10 +229,12 @@ class Reader:
         sampling: Sampling = GREEDY,
         least: int = 0,
         guide: Guide | None = None,
+        beginnings: int = 1,
+        doubts: Sequence[Doubt] | None = None,
     ) -> Iterator[int]:
         """Yield what is generated for one row; parameters as for `generate`."""
-        guides = None if guide is None else [guide]
-        for (new,) in self.generate(None if slots is None else [slots], [prompt], marker, [limit], sampling, least, guides):
+        rows = None if slots is None else [slots]
+        for (new,) in self.generate(rows, [prompt], marker, [limit], sampling, least, [guide], beginnings, doubts):
             if new is None:
                 return
             yield new

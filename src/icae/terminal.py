@@ -52,6 +52,15 @@ Grounding = Annotated[
         show_default=False,
     ),
 ]
+Beginnings = Annotated[
+    int | None,
+    typer.Option(
+        "--beginnings",
+        help="Likeliest first tokens that an answer is begun with, to go on from the likeliest beginning; 1: the likeliest token. "
+        "[default: the checkpoint's; 3]",
+        show_default=False,
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate, at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
 SamplingSeed = Annotated[int, typer.Option("--seed", help="Of what is drawn, where the temperature is above 0.")]
@@ -86,7 +95,7 @@ GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 def load_model(model: str | None, base: str | None, device: str, **settings: float | None) -> ICAE:
     """Load a checkpoint, to run with the fastest matrix products there are; errors as for `ICAE.from_pretrained`.
 
-    Settings (`polish`, `focus`, `grounding`) replace the checkpoint's own where they are not none.
+    Settings (`polish`, `focus`, `grounding`, `beginnings`) replace the checkpoint's own where they are not none.
     """
     from icae.model import ICAE
     from icae.packed import packed_linear

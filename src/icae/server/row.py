@@ -53,7 +53,7 @@ class Row:
 
     def choose(self, logits: Tensor) -> None:
         """Take the next token from logits (1, V)."""
-        new = int(choose(guided(self.guide, logits), self.sampling.temperature, self.sampling.top_p, self.chance))
+        new = int(choose(guided([self.guide], logits), self.sampling.temperature, self.sampling.top_p, self.chance))
         if new in self.ends:
             self.finished = "stop"
             return
