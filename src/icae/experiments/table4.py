@@ -35,6 +35,8 @@ def run(context: Context, *, samples: int = 100, context_tokens: int = 384, max_
 def answer_notes(context: Context) -> list[str]:
     """Return what a reader of answers from slots must know."""
     if (model := context.adapter("answers")) is not None:
-        strength = model.config.grounding
-        return [f"Answers from slots keep to their context's words (grounding {strength:g}); all others are free."] if strength else []
+        strength, ways = model.config.grounding, model.config.beginnings
+        notes = [f"keep to their context's words (grounding {strength:g})"] if strength else []
+        notes += [f"are begun in {ways} ways"] if ways > 1 else []
+        return [f"Answers from slots {' and '.join(notes)}; all others are greedy and free."] if notes else []
     return ["The adapter was not fine-tuned to answer: no such adapter ships for this base, and none was given (--answers FOLDER)."]
