@@ -119,3 +119,13 @@ def test_a_full_texts_words_are_not_the_questions(model, monkeypatch):
     model.answers(None, ["A text.\n\nWhy?"], max_new_tokens=2, beginnings=2, questions=["Why?"])
     model.answers(None, ["Why not?"], max_new_tokens=2)
     assert seen == ["Why?", "Why not?"]
+
+
+def test_every_family_begins_in_several_ways(family_base):
+    model = make_icae(family_base, stirred=0.05, beginnings=3)
+    slots = model.compress_ids(random_ids(20, seed=3))[0]
+    said = model.answer(slots, "Why?", max_new_tokens=30)
+    assert said == model.answers([slots], ["Why?"], max_new_tokens=30)[0]
+    if family_base.model.config.model_type not in ("gemma2", "gemma3_text"):  # their windows count what is masked beside a longer row
+        pair = model.answers([slots, slots], ["Why?", "Who lit the lamp in the window?"], max_new_tokens=30)
+        assert pair[0] == said
