@@ -4,9 +4,9 @@
     python configs/asked.py ask OUT.jsonl --asker FOLDER --answerer FOLDER SOURCE PASSAGES [SOURCE PASSAGES ...]
 
 `turn` makes triples that teach to ask: the text, "What does the text tell?", and the question that somebody asked. A base that was tuned
-with them (`benchmarks/full_text_qa.py train`) asks several questions about each passage; the base that was tuned to
-answer with the full text answers them (the two steps of arXiv 1906.05416, whose third, to ask the answers back, is a limit on how sure
-the answerer must be here). A source is a folder of .txt, or a .jsonl of triples, whose contexts are the passages and whose own triples
+with them (`benchmarks/full_text_qa.py train`) asks several questions about each passage; the base that was tuned to answer with the full
+text answers them (the two steps of arXiv 1906.05416, whose third, to ask the answers back, is a limit on how sure the answerer must be
+here). A source is a folder of .txt, or a .jsonl of triples, whose contexts are the passages and whose own triples
 come first; PASSAGES 0 takes them all.
 """
 
@@ -31,8 +31,8 @@ from icae.base import Base, load_base
 from icae.chat import chat_prompt, chat_response, full_text
 from icae.config import ICAEConfig
 from icae.decoder import Decoder
-from icae.objectives import Example, Marker, padded
-from icae.reader import Reader
+from icae.objectives import Example, Marker
+from icae.reader import GREEDY, Reader, Sampling
 from icae.triples import load_triples
 
 ASK = "What does the text tell?"
@@ -69,29 +69,22 @@ def texts_of(source: str, count: int, chance: random.Random) -> tuple[list[str],
     return texts, [row for row in own if row.input in wanted]
 
 
-def generated(base: Base, prompts: Sequence[list[int]], most: int, seed: int | None) -> list[list[int]]:
-    """Return what the base says after each prompt, to its end; none that reached `most` tokens. A seed draws, at temperature 0.8."""
-    if not prompts:
-        return []
-    device, lengths = base.device, torch.tensor([len(p) for p in prompts])
-    steps = torch.arange(int(lengths.max()))
-    inputs = base.embed(padded(list(prompts)).to(device))
-    real, places = (steps[None] < lengths[:, None]).to(device), steps.expand(len(prompts), -1).to(device)
-    made: list[list[int]] = [[] for _ in prompts]
-    drawn = {"temperature": 0.8, "top_p": 0.95, "seed": seed} if seed is not None else {}
-    for step in Decoder(base).generate(None, inputs, places, real, [most] * len(prompts), **drawn):  # type: ignore[arg-type]
-        for row, new in zip(made, step, strict=True):
-            if new is not None:
-                row.append(new)
-    return [row if len(row) < most else [] for row in made]
+def reader_of(base: Base) -> Reader:
+    """Return what reads plain prompts; its markers are never read."""
+    return Reader(Decoder(base), ICAEConfig(), nn.Parameter(torch.zeros(3, 2, base.hidden_size)))
+
+
+def generated(base: Base, prompts: Sequence[list[int]], most: int, sampling: Sampling) -> list[list[int]]:
+    """Return what the base says after each prompt, to its end; nothing where that has not come within `most` tokens."""
+    rows = reader_of(base).collect(None, list(prompts), None, [most] * len(prompts), sampling) if prompts else []
+    return [row if len(row) < most else [] for row in rows]
 
 
 def sureness(base: Base, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
     """Return the mean probability (geometric) of each answer's tokens."""
-    reader = Reader(Decoder(base), ICAEConfig(), nn.Parameter(torch.zeros(3, 2, base.hidden_size)))
     examples = [Example([], Marker.FT, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     parts = [examples[at : at + _SCORED] for at in range(0, len(examples), _SCORED)]  # logits are wide
-    return [float(s.nll.mean().neg().exp()) for part in parts for s in reader.score(None, part, marked=False)]
+    return [float(s.nll.mean().neg().exp()) for part in parts for s in reader_of(base).score(None, part, marked=False)]
 
 
 def asked(
@@ -103,7 +96,9 @@ def asked(
     batches = [order[at : at + together // each] for at in range(0, len(order), together // each)]
     for number, batch in enumerate(track(batches, "asking", disable=not sys.stderr.isatty())):
         about = [n for n in batch for _ in range(each)]
-        questions = [asker.decode(ids).strip() for ids in generated(asker, [to_ask[n] for n in about], MOST_QUESTION, number)]
+        questions = [
+            asker.decode(ids).strip() for ids in generated(asker, [to_ask[n] for n in about], MOST_QUESTION, Sampling(0.8, 0.95, number))
+        ]
         pairs = []
         for n, question in zip(about, questions, strict=True):
             key = (texts[n], question.lower())
@@ -111,8 +106,8 @@ def asked(
                 known.add(key)
                 pairs.append((texts[n], question))
         prompts = [chat_prompt(answerer.tokenizer, full_text(*pair)) for pair in pairs]
-        said = [answerer.decode(ids).strip() for ids in generated(answerer, prompts, MOST_ANSWER, None)]
-        good = [i for i, answer in enumerate(said) if answer and re.search(r"\w", answer)]
+        said = [answerer.decode(ids).strip() for ids in generated(answerer, prompts, MOST_ANSWER, GREEDY)]
+        good = [i for i, answer in enumerate(said) if re.search(r"\w", answer)]
         ids = [chat_response(answerer.tokenizer, said[i]) for i in good]
         shares = sureness(answerer, [prompts[i] for i in good], ids) if good else []
         yield from (Row(*pairs[i], said[i]) for i, share in zip(good, shares, strict=True) if share >= sure)

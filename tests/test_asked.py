@@ -10,6 +10,7 @@ import torch
 from tiny import LINES, load_script
 
 from icae.chat import chat_prompt
+from icae.reader import GREEDY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -45,15 +46,17 @@ def test_a_source_of_triples_brings_its_own_first(script, triples):
 
 def test_generation_of_a_batch_is_that_of_its_rows_and_unfinished_ones_are_none(script, base):
     prompts = [chat_prompt(base.tokenizer, words) for words in ("Why?", LINES[0], "Who lit the lamp?")]
-    together = script.generated(base, prompts, 12, None)
-    assert together == [script.generated(base, [prompt], 12, None)[0] for prompt in prompts]
+    together = script.generated(base, prompts, 12, GREEDY)
+    assert together == [script.generated(base, [prompt], 12, GREEDY)[0] for prompt in prompts]
     assert all(len(row) < 12 for row in together)
-    assert script.generated(base, prompts, 1, None) == [[], [], []] and script.generated(base, [], 12, None) == []
+    assert script.generated(base, prompts, 1, GREEDY) == [[], [], []] and script.generated(base, [], 12, GREEDY) == []
 
 
 def test_only_new_questions_with_sure_answers_are_kept(script, base, monkeypatch):
     said = iter([["who lit the lamp?", "who lit the lamp?", "short?", "what is in line 1?"], ["the master", "", "no"]])
-    monkeypatch.setattr(script, "generated", lambda base, prompts, most, seed: [base.encode(text) for text in next(said)][: len(prompts)])
+    monkeypatch.setattr(
+        script, "generated", lambda base, prompts, most, sampling: [base.encode(text) for text in next(said)][: len(prompts)]
+    )
     monkeypatch.setattr(script, "sureness", lambda base, prompts, answers: [0.9] * len(prompts))
     known = {(LINES[1], "what is in line 1?")}
     rows = list(script.asked(base, base, LINES[:1] + LINES[1:2], known, each=2, sure=0.6, together=8))

@@ -72,7 +72,7 @@ def test_one_beginning_is_greedy_and_drawn_answers_have_one(model, base):
     assert drawn[0] == drawn[1]
 
 
-def test_answers_and_streams_begin_alike_and_no_likelier_beginning_is_left(model, base):
+def test_answers_and_streams_begin_alike(model):
     slots = model.compress_ids(random_ids(40, 30, seed=3))
     model.config = model.config.replace(beginnings=4)
     several = model.answers(slots, ["Why?", "Who lit the lamp?"], max_new_tokens=12)
