@@ -291,6 +291,7 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "another text": (("reconstruct", slots, "--against", "other.txt", *model), "not the text"),
         "no question": (("ask", slots), "question"),
         "two questions": (("ask", "--stored", "a", "Who?", "What?"), "not both"),
+        "slots' options of a text": (("ask", "--text", text, "Who?", "--focus", 2, "--beginnings", 1), "--focus and --beginnings say"),
         "two sources": (("ask", "--stored", "a", "--text", text, "Who?"), "not both"),
         "store of nothing": (("ask", slots, "Who?", "--store", "kept"), "--stored NAME"),
         "key of nothing": (("ask", slots, "Who?", "--key", "ada"), "--stored NAME"),

@@ -7,10 +7,13 @@ import pytest
 import torch
 from tiny import make_icae, random_ids
 
+from icae import beginnings as library
 from icae.errors import ICAEError
 from icae.objectives import Marker
 from icae.reader import GREEDY, Sampling
+from icae.server import answer as answer_room
 from icae.server import prefix as prefix_room
+from icae.server.answer import Answer
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill
 from icae.server.row import Row
@@ -19,11 +22,18 @@ from icae.slots import MemorySlots
 from icae.stepwise import finished
 
 
-def begin(model, ids, slots=None, limit=12, sampling=GREEDY, marker=Marker.FT):
+def begin(model, ids, slots=None, limit=12, sampling=GREEDY, marker=Marker.FT, **several):
     """The work of one generation, as a generator."""
     prefix = None if slots is None else Prefixes(model, 1 << 30).put("x", slots)
     prompt = model.base.embed(torch.tensor(ids, dtype=torch.long))
-    return prefill(model, prefix, None if slots is None else marker, prompt, limit, sampling)
+    row = yield from prefill(model, prefix, None if slots is None else marker, prompt, limit, sampling)
+    return Answer(row, **several)
+
+
+def begun(work):
+    """The row of an answer that has its first token."""
+    made = finished(work)
+    return Answer(made).row if isinstance(made, Row) else made.row
 
 
 def alone(model, ids, slots=None, limit=12, sampling=GREEDY):
@@ -67,7 +77,7 @@ def test_rows_that_join_and_leave_answer_as_alone(model, monkeypatch, guesses):
     while waiting or batch.rows:
         if waiting and (steps % 3 == 0 or not batch.rows):
             i = waiting.pop(0)
-            rows[i] = finished(begin(model, **asked[i]))
+            rows[i] = begun(begin(model, **asked[i]))
             if rows[i].finished is None:
                 batch.join(rows[i])
         if batch.rows:
@@ -94,7 +104,7 @@ def test_rows_that_share_contexts_answer_as_alone(model, monkeypatch, shares):
             asked[i]["slots"] = None if prefix is None else contexts[i % 4]
             prompt = model.base.embed(torch.tensor(asked[i]["ids"]))
             marker = None if prefix is None else Marker.FT
-            rows.append(finished(prefill(model, prefix, marker, prompt, asked[i]["limit"], asked[i]["sampling"])))
+            rows.append(begun(prefill(model, prefix, marker, prompt, asked[i]["limit"], asked[i]["sampling"])))
             if rows[-1].finished is None:
                 batch.join(rows[-1])
         del waiting[:2]
@@ -115,7 +125,7 @@ def test_a_context_that_several_rows_read_takes_its_memory_once(model):
     batch = Batch(model)
     for i in range(4):
         prompt = model.base.embed(torch.tensor(random_ids(6, seed=i)[0]))
-        batch.join(finished(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)))
+        batch.join(begun(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)))
     batch.step()
     assert batch.layers[0].keys.shape[2] < slots.count and not batch.contexts.bytes
 
@@ -125,7 +135,7 @@ def test_families_with_sliding_windows_answer_as_alone(family_base, monkeypatch,
     model = make_icae(family_base, kind="embedding", stirred=0.05)
     asked = [{**r, "limit": 30} for r in requests(model, 5)]
     guess_now_and_then_wrongly(monkeypatch, [alone(model, **a) for a in asked])
-    batch, rows = Batch(model, guesses), [finished(begin(model, **a)) for a in asked]
+    batch, rows = Batch(model, guesses), [begun(begin(model, **a)) for a in asked]
     for row in rows:
         if row.finished is None:
             batch.join(row)
@@ -141,9 +151,9 @@ def test_families_with_sliding_windows_answer_as_alone(family_base, monkeypatch,
 
 def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ICAEError, match="512; shorten"):
-        finished(begin(model, random_ids(500)[0], limit=13))
+        begun(begin(model, random_ids(500)[0], limit=13))
     with pytest.raises(ICAEError, match="empty"):
-        finished(begin(model, []))
+        begun(begin(model, []))
 
 
 def test_hot_prefixes_are_kept_within_bytes(model):
@@ -161,7 +171,7 @@ def test_hot_prefixes_are_kept_within_bytes(model):
 
 
 def test_the_buffer_holds_what_the_answers_may_need_and_no_more(model):
-    batch, row = Batch(model), finished(begin(model, random_ids(100)[0], limit=10))
+    batch, row = Batch(model), begun(begin(model, random_ids(100)[0], limit=10))
     batch.join(row)
     while row.finished is None:
         batch.step()
@@ -174,7 +184,7 @@ def test_reading_a_prompt_leaves_its_prefix_as_it_was(model):
     prefix = Prefixes(model, 1 << 30).put("x", slots)
     before = [t.clone() for pair in prefix.layers for t in pair]
     prompt = model.base.embed(torch.tensor(random_ids(9)[0]))
-    made = [finished(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)) for _ in range(2)]
+    made = [begun(prefill(model, prefix, Marker.FT, prompt, 8, GREEDY)) for _ in range(2)]
     batch = Batch(model)
     for row in made:
         batch.join(row)
@@ -188,7 +198,7 @@ def test_guesses_change_no_answer_and_save_steps_where_they_are_right(model, mon
     """Of the guesses of each step, the one at place `wrong` is."""
     ids, slots = random_ids(5)[0], model.compress_ids(random_ids(40))[0]
     due, steps = alone(model, ids, slots, 40, sampling), 0
-    batch, row = Batch(model, 4), finished(begin(model, ids, slots, 40, sampling))
+    batch, row = Batch(model, 4), begun(begin(model, ids, slots, 40, sampling))
 
     def guess(row, most):
         n = len(row.ids)
@@ -208,7 +218,7 @@ def test_rows_that_guess_together_answer_as_alone_and_their_gaps_are_closed(mode
     asked = [{**r, "limit": 150, "sampling": GREEDY} for r in requests(model, 4)]
     answers, sizes = [alone(model, **a) for a in asked], []
     guess_now_and_then_wrongly(monkeypatch, answers)
-    batch, rows = Batch(model, 4), [finished(begin(model, **a)) for a in asked]
+    batch, rows = Batch(model, 4), [begun(begin(model, **a)) for a in asked]
     for row in rows:
         batch.join(row)
     while batch.rows:
@@ -231,7 +241,7 @@ def test_a_full_batch_guesses_little_so_that_a_step_stays_short(model):
 
 
 def test_guesses_are_what_came_next_before(model):
-    row = finished(begin(model, [5, 6, 7, 8, 5, 9], limit=30))
+    row = begun(begin(model, [5, 6, 7, 8, 5, 9], limit=30))
     row.prompt, row.ids = [1, 2, 3, 4, 5, 9, 2, 3], [6, 5, 9]
     assert row.guess(3) == [2, 3, 6] and row.guess(0) == []
     row.ids = [1, 2, 3]
@@ -246,7 +256,7 @@ def counted(model, monkeypatch, work):
     """A finished generation's row, and how many input embeddings the base read for it."""
     read, forward = [], model.base.model.forward
     monkeypatch.setattr(model.base.model, "forward", lambda **kw: (read.append(kw["inputs_embeds"].shape[1]), forward(**kw))[1])
-    row = finished(work)
+    row = begun(work)
     monkeypatch.setattr(model.base.model, "forward", forward)
     return row, sum(read)
 
@@ -263,7 +273,7 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
         logits = row.logits
         prefixes.follow("x", prefix, marker, ids, row)
         assert prefixes.bytes == prefixes.kept["x"].bytes
-        torch.testing.assert_close(logits, finished(begin(model, ids, slots, marker=marker)).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(logits, begun(begin(model, ids, slots, marker=marker)).logits, atol=1e-4, rtol=0)
         return read
 
     assert ask(first) == lead + 20
@@ -274,7 +284,7 @@ def test_what_a_prompt_has_in_common_with_the_last_one_is_not_read_again(model, 
     assert ask(first, Marker.LM) == lead + 20
     prefixes.drop("x")
     prefix = prefixes.put("y", slots)
-    row = finished(prefill(model, prefix, Marker.FT, model.base.embed(torch.tensor(first)), 12, GREEDY, first))
+    row = begun(prefill(model, prefix, Marker.FT, model.base.embed(torch.tensor(first)), 12, GREEDY, first))
     prefixes.follow("x", prefix, Marker.FT, first, row)  # was dropped meanwhile
     assert list(prefixes.kept) == ["y"]
     monkeypatch.setattr(prefix_room, "FOLLOWED", 5)
@@ -343,6 +353,59 @@ def test_many_clients_at_once_get_what_each_would_get_alone(scheduler):
     assert [got[i] for i in range(24)] == expected
     assert scheduler.step_rows > 1.5 * scheduler.steps  # they did run together
     assert scheduler.active == scheduler.queued == 0 and scheduler.batch.layers == []
+
+
+@pytest.mark.parametrize("length", [3, 24])
+def test_answers_that_are_begun_in_several_ways_are_the_librarys(base, monkeypatch, length):
+    """Beside others, with rows that end among their beginnings, that are compared as soon as they have begun, or go on behind that."""
+    monkeypatch.setattr(library, "LENGTH", length)
+    monkeypatch.setattr(answer_room, "LENGTH", length)
+    model = make_icae(base, stirred=0.05, grounding=1)
+    slots, prompts = model.compress_ids(random_ids(*[30] * 9, seed=3)), random_ids(*range(3, 12))
+    plain = model.reader.collect(slots, prompts, Marker.FT, [12] * 9)
+    monkeypatch.setattr(type(base), "eos_ids", [*base.eos_ids, plain[0][4], plain[3][1], plain[5][9]])
+    monkeypatch.setattr(Row, "guess", lambda row, most: row.ids[-1:] * min(most, row.limit - len(row.ids) - 1, 2))
+    counts, limits = [1, 3, 4] * 3, [12, 1, 12, 5, 12, 12, 12, 7, 12]
+    words = [model.words(s.ids) for s in slots]
+    doubts = [lambda ids: float(ids[0] % 3)] * 9
+    expected = [
+        model.reader.collect([s], [p], Marker.FT, [n], guides=[model.guide(w)], beginnings=many, doubts=[doubt])[0]
+        for s, p, n, w, many, doubt in zip(slots, prompts, limits, words, counts, doubts, strict=True)
+    ]
+
+    def work(s, ids, limit, w, many, doubt):
+        prompt = model.base.embed(torch.tensor(ids))
+        row = yield from prefill(model, Prefixes(model, 1 << 30).put("x", s), Marker.FT, prompt, limit, GREEDY, ids, model.guide(w))
+        return Answer(row, many, doubt)
+
+    scheduler, inboxes = Scheduler(model, max_rows=6, max_queue=9, guesses=3), [Inbox() for _ in range(9)]
+    scheduler.start()
+    for inbox, asked in zip(inboxes, zip(slots, prompts, limits, words, counts, doubts, strict=True), strict=True):
+        scheduler.submit(Job(work(*asked), inbox.put))
+    events = [inbox.rest() for inbox in inboxes]
+    scheduler.close(5)
+    assert all(isinstance(made[-1], Done) for made in events)
+    said = [[e.ids for e in made[:-1]] for made in events]
+    assert [tokens[-1] for tokens in said] == expected
+    assert all(after[: len(before)] == before for tokens in said for before, after in zip(tokens, tokens[1:], strict=False))
+    greedy = model.reader.collect(slots, prompts, Marker.FT, limits, guides=[model.guide(w) for w in words])
+    assert sum(a != b for a, b in zip(expected, greedy, strict=True)) >= 3
+    assert scheduler.active == 0 and scheduler.batch.layers == [] and not scheduler.batch.contexts.held
+
+
+def test_one_that_goes_away_while_it_begins_takes_all_its_rows_along(base, monkeypatch):
+    monkeypatch.setattr(type(base), "eos_ids", [])
+    model = make_icae(base, stirred=0.05)
+    idle, told = Scheduler(model, max_rows=4, max_queue=9), []
+    going = Job(begin(model, [5, 6], limit=400, beginnings=3), told.append)
+    idle.submit(going)
+    idle.submit(Job(begin(model, [5, 6, 7], limit=400), lambda event: None))
+    for _ in range(4):
+        idle._admit(), idle._prepare(), idle._step()
+    assert len(idle.batch.rows) == 4 and not told
+    going.cancel()
+    idle._forget()
+    assert len(idle.batch.rows) == len(idle.running) == 1
 
 
 def test_a_generation_goes_on_while_another_job_prepares(scheduler):
@@ -516,4 +579,4 @@ def test_closing_fails_what_does_not_end(scheduler):
 def test_slots_of_several_contexts_are_one_prefix(model):
     parts = [model.compress_ids(random_ids(n, seed=n))[0] for n in (20, 33)]
     joined = MemorySlots.concatenate(parts)
-    assert finished(begin(model, [5, 6, 7], joined, limit=1)).ids == alone(model, [5, 6, 7], joined, limit=1)
+    assert begun(begin(model, [5, 6, 7], joined, limit=1)).ids == alone(model, [5, 6, 7], joined, limit=1)

@@ -23,6 +23,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 import icae.decoder
+from icae.beginnings import echo
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker
 from icae.reader import GREEDY
@@ -214,6 +215,45 @@ def test_answers_are_spelled_as_the_library_spells_them(client, model, store, mo
     for _ in range(2):  # from the store, and from memory
         answer = said(ask(client, context(context_id=made["id"])))
         assert answer == library(model, store, "b") != free
+
+
+def test_answers_are_begun_as_the_library_begins_them_and_streams_at_once(client, model, store, monkeypatch):
+    id = client.post("/v1/contexts", json={"text": TEXT, "name": "a"}).json()["id"]
+    plainly = model.config
+    monkeypatch.setattr(model, "config", plainly.replace(beginnings=4))
+    both = []
+    for question in LINES:
+        several = library(model, store, "a", question)
+        with monkeypatch.context() as one:
+            one.setattr(model, "config", plainly.replace(beginnings=1))
+            both.append((question, library(model, store, "a", question), several))
+    question, greedy, several = next(row for row in both if row[1] != row[2])
+    part = context(context_id=id)
+
+    def answer(*parts, **options):
+        return said(ask(client, *parts, question=question, **options))
+
+    assert answer(part) == answer(part, beginnings=4) == several
+    assert answer(part, beginnings=1) == greedy
+    for options, expected in (({}, greedy), ({"beginnings": 4}, several)):
+        chunks = events(ask(client, part, question=question, stream=True, **options))
+        assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == expected
+    assert len({answer(part, beginnings=n, temperature=1.0, seed=3) for n in (1, 4)}) == 1
+    assert answer(beginnings=4) == "".join(model.stream_answer(None, question, max_new_tokens=12))  # without contexts the base as it is
+    problem(ask(client, part, beginnings=0), 422, "beginnings")
+
+
+def test_later_turns_are_begun_as_the_library_begins_them(client, model, store, monkeypatch):
+    monkeypatch.setattr(model, "config", model.config.replace(beginnings=4))
+    doubted = []
+    monkeypatch.setattr(service_room, "echo", lambda prompt, decode: doubted.append(prompt) or echo(prompt, decode))
+    id = client.post("/v1/contexts", json={"text": TEXT, "name": "a"}).json()["id"]
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    opening = {"role": "user", "content": [context(context_id=id), {"type": "text", "text": "One?"}]}
+    body = {"messages": [opening, turns[1], {"role": "user", "content": QUESTION}], "max_tokens": 12}
+    expected = "".join(model.stream_answer(store.load("a"), QUESTION, history=turns, max_new_tokens=12))
+    assert said(client.post("/v1/chat/completions", json=body)) == expected
+    assert doubted == [QUESTION]
 
 
 def templated(model, question):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -105,18 +105,15 @@ def begin(
     doubts : sequence of callable, optional
         One for each row.
     """
-    said = logits.float().log_softmax(-1)
-    open_ends = said.clone()
-    open_ends[:, list(ends)] = -torch.inf
-    likelihoods, firsts = open_ends.topk(min(count, said.shape[-1]))
-    count = firsts.shape[1]
+    first = firsts(logits, count, ends)
+    count = len(first[0])
     made = [
-        Beginning(int(i), float(likelihood), guide, min(limit, LENGTH))
-        for row, shares, guide, limit in zip(firsts, likelihoods, guides, limits, strict=True)
-        for i, likelihood in zip(row, shares, strict=True)
+        Beginning(i, likelihood, guide, min(limit, LENGTH))
+        for row, guide, limit in zip(first, guides, limits, strict=True)
+        for i, likelihood in row
     ]
     rows.keep(torch.arange(len(limits), device=logits.device).repeat_interleave(count))
-    ids = firsts.flatten()
+    ids = torch.tensor([i for row in first for i, _ in row], device=logits.device)
     while not all(one.over for one in made):
         logits = rows.read(ids)
         ids = choose([one.guide for one in made], logits)
@@ -128,6 +125,14 @@ def begin(
     best = [max(range(at, at + count), key=worth.__getitem__) for at in range(0, len(made), count)]
     rows.keep(torch.tensor(best, device=ids.device))
     return [made[n] for n in best]
+
+
+def firsts(logits: Tensor, count: int, ends: Iterable[int]) -> list[list[tuple[int, float]]]:
+    """Return the `count` likeliest first tokens of each row of logits (B, V), with their log-likelihoods; none of them ends the row."""
+    said = logits.float().log_softmax(-1)
+    said[:, list(ends)] = -torch.inf
+    likelihoods, ids = said.topk(min(count, said.shape[-1]))
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), likelihoods.tolist(), strict=True)]
 
 
 def echo(prompt: str, decode: Callable[[list[int]], str]) -> Doubt:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Focus, Grounding, Polish, load_model
+from icae.terminal import Beginnings, Focus, Grounding, Polish, load_model
 
 
 def serve(
@@ -24,6 +24,7 @@ def serve(
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,
+    beginnings: Beginnings = None,
     store: Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")] = None,
     name: Annotated[str | None, typer.Option("--name", help="What the model is called to clients. [default: the checkpoint's]")] = None,
     add_key: Annotated[str | None, typer.Option("--add-key", help="Make an API key of this name, print it once, and exit.")] = None,
@@ -65,7 +66,7 @@ def serve(
     checkpoint = find_checkpoint(model)
     kept = SlotStore(folder)
     _check_free(host, port)
-    icae = load_model(str(checkpoint), base, device, polish=polish, focus=focus, grounding=grounding)
+    icae = load_model(str(checkpoint), base, device, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
     hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
     app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=None if open_to_all else keyring, hosts=hosts)
     shutdown = int(limits.shutdown) + 1

@@ -101,7 +101,7 @@ class Batch:
 
     def leave(self, row: Row) -> None:
         """Let a row go; the last one takes its place."""
-        i = next(i for i, r in enumerate(self.rows) if r is row)
+        i = self.rows.index(row)
         last, start, count = self.rows.pop(), self.starts.pop(), self.counts.pop()
         if last is not row:
             for layer in self.layers:

@@ -99,7 +99,8 @@ async def _answer(
     """Queue a generation, and answer with it as a whole or as a stream."""
     begun, usage = time.monotonic(), Usage()
     sampling = Sampling(body.temperature or 0.0, body.top_p or 1.0, body.seed)
-    job, events = server.submit(server.service.generate(tenant, ask, limit, sampling, usage), tenant)
+    beginnings = 1 if body.stream and body.beginnings is None else body.beginnings
+    job, events = server.submit(server.service.generate(tenant, ask, limit, sampling, usage, beginnings), tenant)
     speech = Speech(server.service.model.base, [body.stop] if isinstance(body.stop, str) else body.stop or [])
     first = await next_event(request, job, events)
     server.metrics.first.observe(time.monotonic() - begun)

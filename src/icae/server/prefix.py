@@ -1,6 +1,6 @@
 """Contexts that were asked lately, as keys and values, and the reading of a prompt after one. Knows no request, no text and no network.
 
-slots -> Prefix -> kept by its id -> prompt read after it -> a Row, which joins the batch
+slots -> Prefix -> kept by its id -> prompt read after it -> a Row, from which an answer begins
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def prefill(
     Returns
     -------
     Row
-        With its first token chosen, as the generator's value.
+        Which has chosen nothing yet, as the generator's value.
 
     Raises
     ------
@@ -188,9 +188,7 @@ def prefill(
                 **cached(base.model, cache),
                 logits_to_keep=1,
             )
-    row = Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids, context, guide)
-    row.choose(row.logits)
-    return row
+    return Row(cache, span + count, limit, frozenset(base.eos_ids), sampling, output.logits[:, -1], ids, context, guide)
 
 
 def check_positions(model: ICAE, read: int, limit: int) -> None:

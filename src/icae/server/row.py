@@ -5,8 +5,9 @@ Knows no other row, no request and no text.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ GUESSED_FROM = (3, 2)
 """Last tokens that must have come before for what came after them to be guessed again, tried in this order."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One generation under way."""
 
     cache: Any
-    """What it has read of its own, until it joins a batch."""
+    """What it has read of its own, until it joins a batch; rows that have read the same may have one together."""
     position: int
     """Position id of its next token."""
     limit: int
@@ -44,6 +45,8 @@ class Row:
     """Generated so far, without the one that ends it."""
     finished: str | None = None
     """`stop` when an end came, `length` at the limit."""
+    likelihoods: list[float] | None = None
+    """Log-likelihood of each of its tokens, and of its end, as the base says them unguided; none: nobody asks for them."""
 
     def __post_init__(self) -> None:
         """Give the row a source of chance of its own: what it draws does not depend on its neighbours."""
@@ -54,6 +57,12 @@ class Row:
     def choose(self, logits: Tensor) -> None:
         """Take the next token from logits (1, V)."""
         new = int(choose(guided([self.guide], logits), self.sampling.temperature, self.sampling.top_p, self.chance))
+        if self.likelihoods is not None:
+            self.likelihoods.append(float(logits[0].float().log_softmax(-1)[new]))
+        self.take(new)
+
+    def take(self, new: int) -> None:
+        """Go on by this token."""
         if new in self.ends:
             self.finished = "stop"
             return
@@ -62,6 +71,12 @@ class Row:
             self.guide.advance(new)
         if len(self.ids) >= self.limit:
             self.finished = "length"
+
+    def begun(self, first: int, likelihood: float) -> Row:
+        """Return a row that has read the same, and begins with this token."""
+        row = replace(self, ids=[], likelihoods=[likelihood], guide=copy.copy(self.guide))
+        row.take(first)
+        return row
 
     def guess(self, most: int) -> list[int]:
         """Guess the next ids, `most` at most: what came next when the last ones came before, in the prompt or in what was generated.

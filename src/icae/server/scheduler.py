@@ -22,8 +22,8 @@ from typing import Any
 
 from icae.errors import ICAEError
 from icae.model import ICAE
+from icae.server.answer import Answer
 from icae.server.batch import Batch
-from icae.server.row import Row
 
 log = logging.getLogger("icae.server")
 
@@ -77,7 +77,7 @@ class Job:
         Parameters
         ----------
         work : generator
-            Yields between its pieces; returns a `Row`, which then generates with the others, or any other value, and is done.
+            Yields between its pieces; returns an `Answer`, whose rows then generate with the others, or any other value, and is done.
         sink : callable
             Gets the job's events, in the scheduler's thread; must not block.
         tenant : str
@@ -89,7 +89,7 @@ class Job:
         self.made = self.looked = time.monotonic()
         self.deadline = self.made + timeout
         self.cancelled = False
-        self.row: Row | None = None
+        self.answer: Answer | None = None
 
     def cancel(self) -> None:
         """Have the job forgotten at the next iteration; it gets no further events."""
@@ -116,7 +116,7 @@ class Scheduler:
         model : ICAE
             Owned by the scheduler's thread from `start` on.
         max_rows : int
-            Jobs under way at once: rows that generate, and those in preparation.
+            Jobs under way at once: answers that are generated, and those in preparation.
         max_queue : int
             Jobs of one tenant that may wait.
         guesses : int
@@ -268,54 +268,64 @@ class Scheduler:
         return True
 
     def _begin(self, job: Job, value: Any) -> None:
-        """Let a prepared job generate with the others; one that is no generation, or ended at its first token, is done."""
-        if not isinstance(value, Row):
+        """Let a prepared job generate with the others; one that is no generation is done."""
+        if not isinstance(value, Answer):
             self._finish(job, Done(value))
             return
-        job.row = value
-        if value.ids:
-            job.emit(Token(list(value.ids)))
-        if value.finished is not None:
-            self._finish(job, Done(value.finished))
-            return
+        job.answer = value
+        self.running.append(job)
         try:
-            self.batch.join(value)
-            self.running.append(job)
+            for row in value.rows:
+                if row.finished is None:
+                    self.batch.join(row)
+            self._heard(job)
         except Exception:
-            self._broken(job)
+            self._broken()
 
     def _step(self) -> None:
         """Generate a token for each row, or several where it guessed right."""
         if not self.running:
             return
-        self.steps, self.step_rows = self.steps + 1, self.step_rows + len(self.running)
+        self.steps, self.step_rows = self.steps + 1, self.step_rows + len(self.batch.rows)
         try:
             self.batch.step()
+            for job in list(self.running):
+                self._heard(job)
         except Exception:
             self._broken()
-            return
-        for job in list(self.running):
-            row = job.row
-            assert row is not None
-            job.emit(Token(list(row.ids)))
-            if row.finished is not None:
-                self._leave(job)
-                self._finish(job, Done(row.finished))
+
+    def _heard(self, job: Job) -> None:
+        """Hand on what an answer says by now, and let those of its rows go that have ended, or did not become the answer."""
+        answer = job.answer
+        assert answer is not None
+        rows = answer.rows
+        answer.decide()
+        for row in rows:
+            if row in self.batch.rows and (row.finished is not None or row not in answer.rows):
+                self.batch.leave(row)
+        said = answer.row
+        if said is not None and said.ids:
+            job.emit(Token(list(said.ids)))
+        if said is not None and said.finished is not None:
+            self.running.remove(job)
+            self._finish(job, Done(said.finished))
 
     def _leave(self, job: Job) -> None:
         self.running.remove(job)
-        assert job.row is not None
-        self.batch.leave(job.row)
+        assert job.answer is not None
+        for row in job.answer.rows:
+            if row in self.batch.rows:
+                self.batch.leave(row)
 
     def _finish(self, job: Job, event: Event) -> None:
         self.finished += 1
         self.seconds += 0.1 * (time.monotonic() - job.made - self.seconds)
         job.emit(event)
 
-    def _broken(self, *more: Job) -> None:
+    def _broken(self) -> None:
         """Fail all rows after an error in the batch, which then is empty and sound again."""
         log.exception("a step failed")
-        for job in [*self.running, *more]:
+        for job in self.running:
             self._finish(job, Failed(500, "the server made a mistake; it is in its log"))
         self.running.clear()
         self.batch.clear()

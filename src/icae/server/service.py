@@ -17,6 +17,7 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor
 
 from icae.base import Base
+from icae.beginnings import echo
 from icae.catalogue import Entry
 from icae.chat import encode, render
 from icae.errors import ICAEError
@@ -25,10 +26,10 @@ from icae.model import ICAE
 from icae.objectives import Example, Marker
 from icae.overlap import Texts
 from icae.reader import Sampling
+from icae.server.answer import Answer
 from icae.server.lately import Lately
 from icae.server.limits import Limits
 from icae.server.prefix import Prefix, Prefixes, check_positions, prefill
-from icae.server.row import Row
 from icae.server.schemas import ContextPart, Message, Reading, ReadToken, Saved, TextPart, Usage
 from icae.slots import MemorySlots
 from icae.stepwise import saying
@@ -61,6 +62,8 @@ class Ask:
     """Stands before the prompt where there are contexts."""
     about: str = ""
     """What the user asks: long contexts are narrowed to the segments that it is about; nothing: they are read whole."""
+    last: str = ""
+    """The last thing that the user said: an answer has other words than these."""
 
 
 class Service:
@@ -171,7 +174,8 @@ class Service:
         pieces: list[list[int] | Tensor] = []
         for i, piece in enumerate(render(self.model.base.tokenizer, turns).split(mark)):
             pieces.append(embeds[int(piece)] if i % 2 else encode(self.model.base.tokenizer, piece))
-        return Ask(contexts, pieces, Marker.FT, asked(texts))
+        last = next((text["content"] for text in reversed(texts) if text["role"] == "user"), "")
+        return Ask(contexts, pieces, Marker.FT, asked(texts), last)
 
     def completion(self, namespace: str, prompt: str | list[int], context_id: str | None) -> Ask:
         """Read a completion: plain text that goes on, after a context if one is named."""
@@ -200,8 +204,13 @@ class Service:
 
     # ---- work ----
 
-    def generate(self, namespace: str, ask: Ask, limit: int | None, sampling: Sampling, usage: Usage) -> Generator[None, None, Row]:
-        """Prepare a generation, piece by piece; fills in `usage` before the prompt is read."""
+    def generate(
+        self, namespace: str, ask: Ask, limit: int | None, sampling: Sampling, usage: Usage, beginnings: int | None = None
+    ) -> Generator[None, None, Answer]:
+        """Prepare a generation, piece by piece; fills in `usage` before the prompt is read.
+
+        `beginnings` are how many ways an answer from contexts is begun (beginnings.py), where it is not drawn; none: the checkpoint's own.
+        """
         contents = []
         for wanted in ask.contexts:
             if isinstance(wanted, list):
@@ -230,7 +239,9 @@ class Service:
             self.prefixes.follow(key, prefix, marker, ids, row)
         read = [*(row.context or ()), *((layer.keys, layer.values) for layer in row.cache.layers)]
         usage.icae.kv_bytes = sum(t.numel() * t.element_size() for pair in read for t in pair)
-        return row
+        if marker != Marker.FT or sampling.temperature:
+            beginnings = 1
+        return Answer(row, self.model.config.beginnings if beginnings is None else beginnings, echo(ask.last, self.model.base.decode))
 
     def _prefix(self, contents: list[str], about: str, namespace: str) -> Generator[None, None, tuple[str, Prefix]]:
         """Return contexts as one prefix, and its key: from memory if they were asked lately, else, piece by piece, from the store.
