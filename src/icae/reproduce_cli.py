@@ -31,7 +31,10 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", help="Few, short samples: shows that everything runs.")] = False,
     samples: Annotated[int | None, _path("--samples", "Samples a figure is taken over. [default: each experiment's own]")] = None,
     model: Annotated[str | None, _path("--model", "Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")] = None,
-    polish: Annotated[int, typer.Option("--polish", help="Gradient steps on slots that are to be read back or asked; see compress.")] = 1,
+    polish: Annotated[
+        int,
+        typer.Option("--polish", help="Gradient steps on slots that are read back or asked; compress takes more, and everything longer."),
+    ] = 1,
     base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id. [default: the checkpoint's]")] = None,
     embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind. [default: one that ships]")] = None,
     answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer. [default: one that ships]")] = None,
