@@ -45,6 +45,12 @@ def test_a_stored_context_is_found_by_its_name(icae, checkpoint, text, slots):  
     )
 
 
+def test_a_turn_that_does_not_fit_ends_itself_alone(icae, checkpoint, slots):  # noqa: F811
+    fits = icae("chat", slots, "--model", checkpoint, "--max-tokens", 4, stdin=b"Who?\n")
+    code, out, err = icae("chat", slots, "--model", checkpoint, "--max-tokens", 4, stdin=b"word " * 2000 + b"\nWho?\n")
+    assert code == 0 and out == fits[1] and "shorten" in err
+
+
 def test_old_turns_leave_when_the_positions_run_out(base):
     model = make_icae(base)
     made = model.compress(TEXT)

@@ -179,6 +179,15 @@ def test_evaluate_prints_figures_and_saves_them_with_their_origin(icae, checkpoi
     assert {"ppl_text", "ppl_slots", "ppl_none"} <= json.loads(out).keys()
 
 
+def test_finetune_begins_with_the_default_adapter_whatever_else_is_set(icae, checkpoint, base_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("icae.checkpoint.DEFAULT", str(checkpoint))
+    begun = []
+    monkeypatch.setattr("icae.train.train", lambda settings, config, resume: begun.append(settings.init) or sys.exit(0))
+    for more in ((), ("model.focus=8",), ("init=null",), (f"model.base={base_folder}",)):
+        icae("finetune", "train=t.jsonl", "output=run", *more)
+    assert begun == [str(checkpoint), str(checkpoint), None, None]
+
+
 def test_finetune_starts_from_an_adapter_and_evaluate_qa_measures_it(icae, checkpoint, tmp_path):
     rows = [{"input": line, "prompt": f"What of {i}?", "answer": line.split()[1]} for i, line in enumerate(tiny.LINES)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -292,6 +301,7 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "no question": (("ask", slots), "question"),
         "two questions": (("ask", "--stored", "a", "Who?", "What?"), "not both"),
         "slots' options of a text": (("ask", "--text", text, "Who?", "--focus", 2, "--beginnings", 1), "--focus and --beginnings say"),
+        "two things with keys": (("serve", "--add-key", "a", "--remove-key", "b", "--store", "s"), "one at a time"),
         "two sources": (("ask", "--stored", "a", "--text", text, "Who?"), "not both"),
         "store of nothing": (("ask", slots, "Who?", "--store", "kept"), "--stored NAME"),
         "key of nothing": (("ask", slots, "Who?", "--key", "ada"), "--stored NAME"),

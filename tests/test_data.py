@@ -221,6 +221,19 @@ def test_continuations_draw_their_segments_and_never_more_target_than_window(bas
         assert {len(s) for s in data[i].segments} == {8} and len(data[i].target) == 8 and data[i].unscored == 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"continuation_unscored": 12, "continuation_length": 20},  # the window is no longer
+        {"continuation_unscored": 6, "continuation_length": 6},
+        {"recall_share": 1.0, "continuation_length": 1},
+    ],
+)
+def test_continuations_of_which_nothing_would_be_scored_are_refused(base, settings):
+    refused(lambda: windows(base, autoencoding_share=0.5, **settings), "continuation_length")
+    windows(base, autoencoding_share=1.0, **settings)
+
+
 def test_held_out_samples_are_fixed_whatever_the_runs_seed_and_curriculum(base):
     a = HeldOut(windows(base, seed=0, windows=[[0, 4], [9, 12]], ratios=[8]), 10)
     b = HeldOut(windows(base, seed=7, windows=[[0, 12]], steps=3), 10)

@@ -8,7 +8,7 @@ from tiny import LINES, assert_same_slots, base_logits, make_icae, one_line, ran
 
 from icae.chat import chat_prompt
 from icae.errors import ICAEError
-from icae.objectives import Marker, autoencoding, collate, continuation, instruction
+from icae.objectives import Example, Marker, autoencoding, collate, continuation, instruction
 from icae.reader import GREEDY, Sampling
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots
@@ -93,6 +93,20 @@ def test_a_marker_stands_where_the_layout_puts_it(base, layout, length):
         assert model.reader.places(slots, [marker], 5).tolist() == [after]
     before = after if layout == "appended" else {1: [0, 1, 2, 3, 4], 2: [0, 0, 1, 2, 3]}[length]  # the text itself begins at 1
     assert model.reader.places(slots, [Marker.AE], 5).tolist() == [before]
+
+
+# ---- scores ----
+
+
+def test_what_the_base_has_no_positions_for_is_not_scored(base):
+    model, most = make_icae(base), base.max_positions
+    slots = model.compress_ids([[5] * 40])[0]
+    room = most - slots.span - model.config.marker_length + 1  # the last token is not read
+    for given, marked, fits in ((None, False, most + 1), ([slots], True, room)):
+        target = [7] * (fits - 1)
+        assert len(model.score(given, [Example([], Marker.LM, [5], target)], marked=marked)[0].nll) == len(target)
+        with pytest.raises(ICAEError, match=f"{most}; shorten"):
+            model.score(given, [Example([], Marker.LM, [5], [*target, 7])], marked=marked)
 
 
 # ---- the loss ----

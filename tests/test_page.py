@@ -25,7 +25,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def model(base):
-    return make_icae(base, stirred=0.05)
+    return make_icae(base, stirred=0.05, beginnings=4)
 
 
 @pytest.fixture

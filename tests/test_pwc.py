@@ -289,6 +289,8 @@ def test_build_and_check_on_the_command_line(icae, tmp_path):  # noqa: F811
     result = json.loads(out)
     assert (code, result["rows"], result["good"], result["usable"], result["contexts"]) == (1, 5, 4, False, 4)
     assert "line 5" in result["bad"][0] and result["context_tokens"]["most"] > 20
+    result = json.loads(icae("data", "check", "t.jsonl", "--base", base, "--most", 20, "--json")[1])
+    assert result["good"] == 4 - result["long"] < 4 and result["rows"] == 5
     assert "bad: t.jsonl, line 5" in icae("data", "check", "t.jsonl")[1]
     (tmp_path / "bad.jsonl").write_text("{\n" * 25)
     code, out, _ = icae("data", "check", "bad.jsonl")

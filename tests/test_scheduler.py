@@ -17,7 +17,7 @@ from icae.server.answer import Answer
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill
 from icae.server.row import Row
-from icae.server.scheduler import Closing, Done, Failed, Full, Job, Scheduler, Token
+from icae.server.scheduler import PREPARING, Closing, Done, Failed, Full, Job, Scheduler, Token
 from icae.slots import MemorySlots
 from icae.stepwise import finished
 
@@ -391,6 +391,19 @@ def test_answers_that_are_begun_in_several_ways_are_the_librarys(base, monkeypat
     greedy = model.reader.collect(slots, prompts, Marker.FT, limits, guides=[model.guide(w) for w in words])
     assert sum(a != b for a, b in zip(expected, greedy, strict=True)) >= 3
     assert scheduler.active == 0 and scheduler.batch.layers == [] and not scheduler.batch.contexts.held
+
+
+def test_the_rows_of_answers_that_begin_in_several_ways_count_as_such(base, monkeypatch):
+    monkeypatch.setattr(type(base), "eos_ids", [])
+    model = make_icae(base, stirred=0.05)
+    idle = Scheduler(model, max_rows=6, max_queue=9)
+    for i in range(9):
+        idle.submit(Job(begin(model, [5, 6 + i], limit=40, beginnings=3), lambda event: None))
+    rows = []
+    for _ in range(12):
+        idle._admit(), idle._prepare(), idle._step()
+        rows.append(len(idle.batch.rows))
+    assert 3 < max(rows) <= 6 + 2 * PREPARING and idle.queued
 
 
 def test_one_that_goes_away_while_it_begins_takes_all_its_rows_along(base, monkeypatch):

@@ -235,12 +235,12 @@ def test_answers_are_begun_as_the_library_begins_them_and_streams_at_once(client
 
     assert answer(part) == answer(part, beginnings=4) == several
     assert answer(part, beginnings=1) == greedy
-    for options, expected in (({}, greedy), ({"beginnings": 4}, several)):
+    for options, expected in (({}, greedy), ({"beginnings": 4}, several), ({"beginnings": 0}, several)):
         chunks = events(ask(client, part, question=question, stream=True, **options))
         assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == expected
     assert len({answer(part, beginnings=n, temperature=1.0, seed=3) for n in (1, 4)}) == 1
     assert answer(beginnings=4) == "".join(model.stream_answer(None, question, max_new_tokens=12))  # without contexts the base as it is
-    problem(ask(client, part, beginnings=0), 422, "beginnings")
+    problem(ask(client, part, beginnings=9), 422, "beginnings")
 
 
 def test_later_turns_are_begun_as_the_library_begins_them(client, model, store, monkeypatch):
@@ -320,6 +320,14 @@ def test_completions_continue_texts_and_contexts(client, model, store):
     ids = random_ids(7)[0]
     made = model.reader.collect(None, [ids], None, [12], GREEDY)[0]
     assert client.post("/v1/completions", json={"prompt": ids, "max_tokens": 12}).json()["choices"][0]["text"] == model.base.decode(made)
+    led = [
+        model.base.tokenizer.bos_token_id,
+        *model.base.encode(LINES[0]),
+    ]  # ids are the client's own, a text is read as the base reads one
+    made = model.reader.collect(None, [led], None, [12], GREEDY)[0]
+    assert client.post("/v1/completions", json={"prompt": LINES[0], "max_tokens": 12}).json()["choices"][0]["text"] == model.base.decode(
+        made
+    )
     problem(client.post("/v1/completions", json={"prompt": [10**6]}), 400, "ids")
     problem(client.post("/v1/completions", json={"prompt": ""}), 400, "empty")
 
@@ -466,6 +474,58 @@ def test_a_text_that_the_store_cannot_keep_is_refused_and_says_so(model, store):
         answer = client.post("/v1/contexts", json={"text": LINES[0]})
     assert answer.status_code == 400 and "store_bytes" in answer.json()["error"]["message"]
     assert store.entries(None) == []
+
+
+def test_a_text_that_the_store_cannot_keep_takes_no_other_along(model, store):
+    kept = [store.add(model, line, f"a{i}", namespace="other").entry for i, line in enumerate(LINES[:2])]
+    with TestClient(create_app(model, store, limits=Limits(store_bytes=sum(e.bytes for e in kept) + 100))) as client:
+        problem(client.post("/v1/contexts", json={"text": TEXT, "name": "large"}), 400, "store_bytes")
+        assert [e.name for e in store.entries(None)] == ["a0", "a1"]
+        assert client.post("/v1/contexts", json={"text": LINES[2], "name": "small"}).status_code == 200
+    assert "small" in {e.name for e in store.entries(None)}
+
+
+def test_what_the_store_lost_is_the_servers_fault_and_tells_no_paths(client, model, store, caplog):
+    made = client.post("/v1/contexts", json={"text": TEXT, "name": "a"}).json()
+    (key,) = store.catalogue.parts(store.entry("a").entry)
+    (store.folder / "blobs" / key[:2] / f"{key}.safetensors").write_bytes(b"damaged")
+    for reply in (ask(client, context(context_id=made["id"])), client.get(f"/v1/contexts/{made['id']}/reading")):
+        error = problem(reply, 500, "log")
+        assert error["type"] == "server_error" and str(store.folder) not in reply.text and "icae store" not in reply.text
+    assert "icae store verify" in caplog.text
+
+
+def test_a_damaged_key_file_lets_nobody_in_and_tells_no_paths(guarded):
+    client, keys, keyring = guarded
+    keyring.path.write_text("{")
+    reply = client.get("/v1/models", headers=keys["ada"])
+    assert problem(reply, 500, "log") and str(keyring.path) not in reply.text
+
+
+def test_a_context_that_every_turn_brings_along_is_read_once(client, model, store):
+    id = client.post("/v1/contexts", json={"text": TEXT, "name": "a"}).json()["id"]
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    body = {
+        "messages": [
+            {"role": "user", "content": [context(context_id=id), {"type": "text", "text": "One?"}]},
+            turns[1],
+            {"role": "user", "content": [context(context_id=id), {"type": "text", "text": QUESTION}]},
+        ],
+        "max_tokens": 12,
+    }
+    reply = client.post("/v1/chat/completions", json=body)
+    assert said(reply) == "".join(model.stream_answer(store.load("a"), QUESTION, history=turns, max_new_tokens=12))
+    assert reply.json()["usage"]["icae"]["context_tokens"] == store.entry("a").tokens
+
+
+def test_contexts_too_large_to_be_kept_in_memory_are_joined_once_a_prompt(model, store, monkeypatch):
+    monkeypatch.setattr(model, "config", model.config.replace(focus=1))
+    with TestClient(create_app(model, store, name=MODEL, limits=Limits(slot_bytes=1))) as client:
+        id, read = client.post("/v1/contexts", json={"text": " ".join(LINES * 3), "name": "a"}).json()["id"], []
+        load = SlotStore.read
+        monkeypatch.setattr(SlotStore, "read", lambda self, content: read.append(content) or load(self, content))
+        said(ask(client, context(context_id=id)))
+    assert len(read) == 1
 
 
 def test_what_the_base_has_no_positions_for_is_refused_before_it_takes_memory(client, store, model, monkeypatch):

@@ -238,6 +238,16 @@ def test_every_read_verifies_and_verify_names_the_damage(store):
     assert store.verify() == [] and store.load("a").tokens == 300
 
 
+def test_chapters_of_a_version_that_noted_less_are_named_and_dropped(store):
+    store.add(Fake(), text_of(0), "old")
+    store.add(Fake(), text_of(1), "new")
+    about = {k: v for k, v in store.entry("old").about.items() if k != "polish"}
+    with sqlite3.connect(store.folder / "catalogue.sqlite") as db:
+        db.execute("UPDATE entries SET about = ? WHERE id = ?", (json.dumps(about), store.entry("old").entry))
+    assert {name for bad in store.verify(drop=True) for name in bad["names"]} == {"old"}
+    assert [e.name for e in store.entries()] == ["new"] and store.verify() == []
+
+
 def test_a_blob_under_another_key_is_found_out(store):
     store.add(Fake(), text_of(0), "a")
     one, two = store.catalogue.parts(store.entry("a").entry)[:2]

@@ -2,13 +2,13 @@ import json
 
 import pytest
 from test_data import refused, rows_to_jsonl, windows
-from tiny import LINES
+from tiny import LINES, make_icae
 
 from icae.chat import chat_prompt, chat_response, full_text
 from icae.config import ICAEConfig, TrainConfig
 from icae.errors import ICAEError
 from icae.objectives import Marker, collate
-from icae.triples import Pool, Triple, Triples, load_pools, load_triples
+from icae.triples import Pool, Triple, Triples, load_pools, load_triples, read_triples
 
 CONFIG = ICAEConfig(segment_length=16)
 
@@ -158,6 +158,19 @@ def test_squads_form_is_read_without_its_impossible_questions(tmp_path):
     assert load_triples(rows_to_jsonl(tmp_path / "f.jsonl", [flat])) == [Triple("The door is green.", "What colour?", "green", ("green",))]
 
 
+def test_rows_of_squads_without_an_answer_are_passed_over(tmp_path):
+    none = {"context": "The door is green.", "question": "How old?", "answers": {"text": [], "answer_start": []}}
+    flat = {"context": "The door is green.", "question": "What colour?", "answers": {"text": ["green"], "answer_start": [12]}}
+    found = read_triples(rows_to_jsonl(tmp_path / "f.jsonl", [none, flat, none]))
+    assert len(found.good) == found.rows == 1
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "f.jsonl").write_text("\ufeff" + json.dumps(GOOD) + "\n", encoding="utf-8")
+    (tmp_path / "s.json").write_text("\ufeff" + json.dumps(SQUAD), encoding="utf-8")
+    assert len(load_triples(str(tmp_path / "f.jsonl"))) == len(load_triples(str(tmp_path / "s.json"))) == 1
+
+
 @pytest.mark.parametrize("text", ["[]", "{}", '{"data": [{"paragraphs": 3}]}', "{", '{"data": 1}', '"x"'])
 def test_json_of_another_form_is_refused(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
@@ -273,6 +286,19 @@ def test_the_teacher_reads_the_full_text_as_an_answer_from_text_does(base):
     e, plain = data[0], data._triple(0)
     assert e.teacher == chat_prompt(base.tokenizer, full_text(plain.context, plain.prompt))
     assert triples(base)[1][0].teacher == [] and e.by_tutor
+
+
+def test_without_a_chat_template_the_teacher_and_the_base_read_a_text_from_its_bos_on(base, monkeypatch):
+    monkeypatch.setattr(base.tokenizer, "chat_template", None)
+    _, data = triples(base, distil=0.5)
+    bos = base.tokenizer.bos_token_id
+    assert data[0].teacher[0] == bos != data[0].prompt[0]  # before the prompt, slots stand
+    assert base.prompted("Why?") == [bos, *chat_prompt(base.tokenizer, "Why?")]
+    model, asked = make_icae(base), []
+    monkeypatch.setattr(model.reader, "collect", lambda slots, ids, *more: asked.extend(ids) or [[]] * len(ids))
+    model.answers(None, ["Why?"])
+    model.answers(model.compress_ids([[5, 6, 7]]), ["Why?"])
+    assert [ids[0] == bos for ids in asked] == [True, False]
 
 
 def test_what_the_base_wrote_is_taught_by_the_base(base, tmp_path):

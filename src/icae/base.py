@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icae.chat import end_of_turn, tokenize
+from icae.chat import chat_prompt, end_of_turn, tokenize
 from icae.errors import ICAEError
 from icae.grounding import Vocabulary, Words
 
@@ -101,6 +101,16 @@ class Base:
         """Special ids that the tokenizer itself puts before a text (BOS, for many families)."""
         ids, bare = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return ids[: ids.index(bare[0])] if bare and bare[0] in ids else []
+
+    def led(self, ids: list[int]) -> list[int]:
+        """Return ids behind `lead`, unless they begin with it."""
+        lead = self.lead
+        return ids if ids[: len(lead)] == lead else lead + ids
+
+    def prompted(self, prompt: str, history: list[dict[str, str]] | None = None) -> list[int]:
+        """Return the ids of a chat prompt that no slots stand before; where no template says how a chat begins, as a text does."""
+        ids = chat_prompt(self.tokenizer, prompt, history)
+        return ids if self.tokenizer.chat_template else self.led(ids)
 
     def decode(self, ids: Any) -> str:
         """Turn ids back into text, special tokens left out."""

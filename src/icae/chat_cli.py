@@ -28,6 +28,7 @@ from icae.terminal import (
     from_store,
     load_model,
     sampling_of,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -83,16 +84,19 @@ def chat(
         if said == "/forget":
             history = []
             continue
-        asked = icae.focused(slots, said, history=history)
-        history = fitting(icae, asked, history, said, max_tokens)
-        sampling = sampling_of(temperature, seed + len(history))
         answer = ""
         try:
+            asked = icae.focused(slots, said, history=history)
+            history = fitting(icae, asked, history, said, max_tokens)
+            sampling = sampling_of(temperature, seed + len(history))
             for piece in icae.stream_answer(asked, said, history=history, max_new_tokens=max_tokens, sampling=sampling):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation
             pass
+        except ICAEError as error:  # of what was said, such as too much of it: so the next turn may be better
+            say(f"{error}")
+            continue
         print(flush=True)
         history = [*history, {"role": "user", "content": said}, {"role": "assistant", "content": answer.strip()}]
 

@@ -253,7 +253,6 @@ class TrainConfig(_Config):
             _at_least("minutes", self.minutes, 1e-3, "leave it out to take all steps")
         _at_least("batch_size", self.batch_size, 1, "4 is the default")
         _at_least("accumulation", self.accumulation, 1, "1 is the default")
-        _at_least("continuation_length", self.continuation_length, self.continuation_unscored + 1, "some of it must be scored")
         _at_least("autoencoding_share", self.autoencoding_share, 0, "it is a share, 0 to 1")
         _at_least("1 - autoencoding_share", 1 - self.autoencoding_share, 0, "it is a share, 0 to 1")
         for name in ("pretrain_share", "recall_share", "continuation_distil", "distil", "distractor_share"):
@@ -273,6 +272,11 @@ class TrainConfig(_Config):
                 raise ICAEError(f"the shares in {name} must be numbers above 0, got {source}; try {{a.jsonl: 3, b.jsonl: 1}}")
         if not self.windows or self.windows[0][0] != 0 or any(len(w) not in (2, 3) or w[1] < 2 or w[-1] < 1 for w in self.windows):
             raise ICAEError(f"windows must be [first step, tokens(, segments)] from step 0 on, got {self.windows}; try [[0, 32]]")
+        if self.autoencoding_share < 1:
+            shortest, least = min(self.continuation_length, *(w[1] for w in self.windows)), self.continuation_unscored + 1
+            _at_least("continuation_length, and every window's tokens,", shortest, least, "some of each continuation must be scored")
+            if self.recall_share:
+                _at_least("continuation_length", self.continuation_length, 2, "what is recalled has half as many tokens")
         if not self.rate_factors or self.rate_factors[0][0] != 0 or any(len(f) != 2 for f in self.rate_factors):
             raise ICAEError(f"rate_factors must be [first step, factor] pairs from step 0 on, got {self.rate_factors}; try [[0, 1.0]]")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icae.config import TrainConfig
 from icae.errors import ICAEError
 from icae.terminal import Json, print_results, progress
 
@@ -86,6 +87,9 @@ def check(
     source: Annotated[str, typer.Argument(help="Triples: a .jsonl, SQuAD's .json, or a Hub name.", show_default=False)],
     base: Annotated[str | None, typer.Option("--base", help="Also count tokens, with this base's tokenizer.")] = None,
     least: Annotated[int, typer.Option(help="Fewest tokens of a context: the ratio, so that it fills a slot (with --base).")] = 4,
+    most: Annotated[
+        int | None, typer.Option(help="Most tokens of a context: the run's context_length (with --base).")
+    ] = TrainConfig.context_length,
     as_json: Json = False,
 ) -> None:
     """Count what fine-tuning would read, and name bad lines; exits with 1 where there are too many of them to train on it."""
@@ -94,7 +98,7 @@ def check(
     from icae.triples import read_triples
 
     loaded = None if base is None else load_base(base)
-    found = read_triples(source, loaded, least=least)
+    found = read_triples(source, loaded, least=least, most=most)
     suspects: dict[str, int] = {}
     for t in found.good:
         if reason := refusal(t.context, "specific", t.prompt, t.response, True):
@@ -104,6 +108,7 @@ def check(
         "rows": found.rows,
         "good": len(found.good),
         "bad": found.bad,
+        "long": found.long,
         "usable": found.usable,
         "contexts": len({t.context for t in found.good}),
         "prompts": len({t.prompt for t in found.good}),

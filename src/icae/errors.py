@@ -8,3 +8,7 @@ and keeps its traceback.
 
 class ICAEError(Exception):
     """Something in the input, a file or a setting is wrong, and the message says how to mend it."""
+
+
+class StorageError(ICAEError):
+    """What is kept, or where it is kept, is damaged, missing or full: who owns it can mend that, a server's clients cannot."""

@@ -142,7 +142,7 @@ class IcaeLM(TemplateLM):
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         """Score (context, continuation) pairs; those with slots and those without go in batches of their own."""
         scores: dict[int, Score] = {}
-        split = [self._split(context) for context, _ in pairs]
+        split = [self._split(context[-self._room(len(target)) :]) for context, target in pairs]
         for compressed in (True, False):
             rows = [i for i, (head, _) in enumerate(split) if bool(head) == compressed]
             if not rows:

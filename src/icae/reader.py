@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -108,11 +109,24 @@ class Reader:
             Marker, prompt and target.
         marked : bool
             Begin with the marker; false: with the prompt, as the base reads text.
+
+        Raises
+        ------
+        ICAEError
+            If the base has no positions for it all.
         """
         data: Any = collate(list(examples))
         markers, text, real, scored = (data[name].to(self.base.device) for name in ("markers", "text_ids", "real", "scored"))
+        batch, ends = self._batch(slots), real.sum(1) - 2  # the last token is not read
         if marked:
-            logits, keep, _ = self.read(self._batch(slots), markers, text, real, scored)
+            lead = self.markers.shape[1]
+            ends = self.places(batch, markers.tolist(), lead + text.shape[1] - 1).gather(1, (lead + ends)[:, None])
+        if int(ends.max()) >= self.base.max_positions:
+            raise ICAEError(
+                f"what is scored ends at position {int(ends.max()) + 1}, but {self.base.name} has {self.base.max_positions}; shorten it"
+            )
+        if marked:
+            logits, keep, _ = self.read(batch, markers, text, real, scored)
         else:
             logits, keep, _ = self.read_plain(text, real, scored)
         labels, wanted = text[:, keep], scored[:, keep]
@@ -232,12 +246,10 @@ class Reader:
         beginnings: int = 1,
         doubts: Sequence[Doubt] | None = None,
     ) -> Iterator[int]:
-        """Yield what is generated for one row; parameters as for `generate`."""
+        """Return what is generated for one row, id by id; parameters and errors as for `generate`, raised at once."""
         rows = None if slots is None else [slots]
-        for (new,) in self.generate(rows, [prompt], marker, [limit], sampling, least, [guide], beginnings, doubts):
-            if new is None:
-                return
-            yield new
+        steps = self.generate(rows, [prompt], marker, [limit], sampling, least, [guide], beginnings, doubts)
+        return (new for (new,) in takewhile(lambda step: step[0] is not None, steps) if new is not None)
 
     def text(self, stream: Iterable[int]) -> Iterator[str]:
         """Turn ids into text as soon as its characters are whole; what was said last is decoded again, for the spaces' sake."""

@@ -49,6 +49,8 @@ def serve(
     limits = _limits(Limits, limit or [])
     folder = _folder(store)
     keyring = Keyring(folder / KEYS)
+    if add_key is not None and remove_key is not None:
+        raise ICAEError("--add-key and --remove-key go one at a time: add the new key, hand it out, then remove the old one's name")
     if add_key is not None:
         folder.mkdir(parents=True, exist_ok=True)
         print(keyring.add(add_key))

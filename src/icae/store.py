@@ -26,11 +26,13 @@ from icae.blobs import DTYPES, open_blobs, pack, unpack
 from icae.catalogue import Blob, Catalogue, Entry
 from icae.chapters import chapters
 from icae.config import FORMAT_VERSION
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 from icae.segments import check_ratio, cut
 from icae.slots import MemorySlots, Origin
 from icae.stepwise import finished, saying
 
+DECISIVE = ("base_fingerprint", "adapter", "kind", "ratio", "layout", "polish", "segment_length", "dtype")
+"""What decides, beside the token ids, which slots a chapter becomes."""
 ORPHAN_SECONDS = 3600
 """Age at which a file that no row lists is taken for a dead writer's, in seconds."""
 
@@ -137,7 +139,7 @@ class SlotStore:
         Raises
         ------
         ICAEError
-            If the text is too short, or `name`, `ratio` or `dtype` is out of range.
+            If the text is too short, or `name`, `ratio` or `dtype` is out of range; `StorageError` if the slots cannot be written.
         """
         if dtype not in DTYPES:
             raise ICAEError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -165,7 +167,7 @@ class SlotStore:
                     made += yield from saying(told, model.compressing(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size))
                     done += len(pieces[at : at + batch_size])
                 slots = MemorySlots.concatenate(made, same=True)
-                size = self.blobs.write(key, pack(slots, row, dtype))
+                size = self._write(key, pack(slots, row, dtype))
                 fresh[key] = Blob(key, size, slots.tokens, slots.count, len(slots.segments))
             gone = self.catalogue.commit(
                 namespace,
@@ -205,7 +207,7 @@ class SlotStore:
         Raises
         ------
         ICAEError
-            If there is no such name, or a blob of it is missing or damaged.
+            If there is no such name; `StorageError` if a blob of it is missing or damaged.
         """
         return self.read(self.entry(name, namespace).entry)[0]
 
@@ -223,7 +225,13 @@ class SlotStore:
         try:
             return unpack(self.blobs.read(key))
         except (ICAEError, KeyError) as error:
-            raise ICAEError(f"{error}; `icae store verify --drop` clears it away, then add the text again") from error
+            raise StorageError(f"{error}; `icae store verify --drop` clears it away, then add the text again") from error
+
+    def _write(self, key: str, packed: MemorySlots) -> int:
+        try:
+            return self.blobs.write(key, packed)
+        except ICAEError as error:
+            raise StorageError(str(error)) from error
 
     # ---- keeping house ----
 
@@ -273,6 +281,8 @@ class SlotStore:
             return str(error)
         if slots.count != blob.slots or slots.tokens != len(ids):
             return f"it holds {slots.count} slots for {len(ids)} tokens, the catalogue says {blob.slots} for {blob.tokens}"
+        if not all(set(DECISIVE) <= set(e.about) for e in users):
+            return "an older version made it, which did not note all that decides its slots"
         if any(blob_key(ids, e.about) != blob.key for e in users):
             return "its token ids are not those that its key was made of"
         return None
@@ -303,9 +313,7 @@ def _of(namespace: str) -> str:
 
 def blob_key(ids: list[int], about: dict[str, Any]) -> str:
     """Return the key of a chapter's blob: the hash of its token ids and of all that decides what slots they become."""
-    decisive = ("base_fingerprint", "adapter", "kind", "ratio", "layout", "polish", "segment_length", "dtype")
-    made_by = {name: about[name] for name in decisive}
-    sha = hashlib.sha256(json.dumps([FORMAT_VERSION, made_by], sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps([FORMAT_VERSION, {name: about[name] for name in DECISIVE}], sort_keys=True).encode())
     sha.update(b"".join(i.to_bytes(4, "little") for i in ids))
     return sha.hexdigest()
 

@@ -31,7 +31,7 @@ def finetune(
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option(help="Begin anew; refused where the output folder holds checkpoints.")] = False,
 ) -> None:
-    """Fine-tune an adapter on (context, prompt, response) triples; from the default adapter, unless told otherwise."""
+    """Fine-tune an adapter on (context, prompt, response) triples; from the default one, unless `init` or `model.base` says otherwise."""
     _train(config, "instruct", overrides, fresh)
 
 
@@ -56,7 +56,7 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
             target[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ICAEError(f"override {override!r}: the value is no YAML ({' '.join(str(error).split())})") from error
-    if objective == "instruct" and "init" not in values and not model:
+    if objective == "instruct" and "init" not in values and "base" not in model:
         from icae.checkpoint import DEFAULT
 
         values["init"] = DEFAULT

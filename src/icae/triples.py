@@ -52,6 +52,7 @@ def load_triples(source: str, base: Base | None = None, *, least: int = 2, most:
     source : str
         A .jsonl with PwC's fields `input`, `prompt`, `answer` (and `answers`, where several are right) or SQuAD's `context`,
         `question`, `answers`; a .json of SQuAD's form; or a Hub data set with such rows, `name` (split `train`) or `name:split`.
+        SQuAD's questions without an answer are passed over.
     base : Base, optional
         Counts a context's tokens; none: lengths are not looked at.
     least, most : int
@@ -108,7 +109,10 @@ def read_triples(source: str, base: Base | None = None, *, least: int = 2, most:
     long = 0
     for place, read in _rows(source):
         try:
-            found = _triple(read())
+            row = read()
+            if _unanswerable(row):
+                continue
+            found = _triple(row)
             if base is not None:
                 tokens = lengths.get(found.context) or lengths.setdefault(found.context, len(base.encode(found.context)))
                 if tokens < max(2, least):
@@ -179,13 +183,13 @@ def _rows(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         return
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
-            yield f"{source}, line {number}", lambda line=line: json.loads(line.decode("utf-8"))  # type: ignore[misc]
+            yield f"{source}, line {number}", lambda line=line: json.loads(line.decode("utf-8-sig"))  # type: ignore[misc]
 
 
 def _squad(source: str, data: bytes) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield the rows of a file of SQuAD's form; questions marked as impossible have no answer and are passed over."""
     try:
-        articles = json.loads(data.decode("utf-8"))["data"]
+        articles = json.loads(data.decode("utf-8-sig"))["data"]
         asked = [(p["context"], q) for a in articles for p in a["paragraphs"] for q in p["qas"] if not q.get("is_impossible")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ICAEError(f"{source} is no JSON of SQuAD's form, data / paragraphs / qas ({type(error).__name__}: {error})") from error
@@ -204,6 +208,12 @@ def _hub(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         raise ICAEError(f"no file {source!r}, and the Hub gave no data set of that name ({reason})") from error
     for number, row in enumerate(data, 1):
         yield f"{source}, row {number}", lambda row=row: row  # type: ignore[misc]
+
+
+def _unanswerable(row: Any) -> bool:
+    """Tell whether a row is a question of SQuAD's that its text has no answer to."""
+    found = row.get("answers") if isinstance(row, dict) and "context" in row and "input" not in row else None
+    return isinstance(found, dict) and found.get("text") == []
 
 
 def _triple(row: Any) -> Triple:
@@ -263,7 +273,7 @@ class Triples(Dataset):
         room = self.base.max_positions - len(prompt) - len(response) - self.config.marker_length
         teacher: list[int] = []
         if t.distil or t.align:
-            teacher = chat_prompt(tokenizer, full_text(triple.context, triple.prompt))
+            teacher = self.base.prompted(full_text(triple.context, triple.prompt))
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
         segments = self._among_others(index, triple, example.segments, room, ratio)

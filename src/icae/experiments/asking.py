@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -98,9 +99,10 @@ def _ask(
 def _likelihood(model: ICAE, slots: Sequence[MemorySlots] | None, prompts: Sequence[str], triples: Sequence[Triple]) -> list[float]:
     """Return the mean log-likelihood a token of each reference response."""
     found: list[float] = []
+    prompted = model.base.prompted if slots is None else partial(chat_prompt, model.base.tokenizer)
     for at in range(0, len(prompts), 4):
         examples = [
-            Example([], Marker.FT, chat_prompt(model.base.tokenizer, p), chat_response(model.base.tokenizer, t.response))
+            Example([], Marker.FT, prompted(p), chat_response(model.base.tokenizer, t.response))
             for p, t in zip(prompts[at : at + 4], triples[at : at + 4], strict=True)
         ]
         part = None if slots is None else slots[at : at + 4]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from icae.base import Base, cached
-from icae.chat import chat_prompt, full_text
+from icae.chat import full_text
 from icae.decoder import Decoder
 from icae.endpoint import connect, reply
 from icae.errors import ICAEError
@@ -119,7 +119,7 @@ class BaseTeacher:
 
         rows = []
         for text in texts:
-            one, other = (chat_prompt(self.base.tokenizer, full_text(text, words)) for words in ("Why?", "A text."))
+            one, other = (self.base.prompted(full_text(text, words)) for words in ("Why?", "A text."))
             rows.append(one[: _same(one, other)])
         cache: Any = DynamicCache()
         real = torch.arange(max(map(len, rows)))[None] < torch.tensor([len(row) for row in rows])[:, None]
@@ -151,7 +151,7 @@ class BaseTeacher:
             return []
         slots, rest = [], []
         for n, prompt in asked:
-            ids = chat_prompt(self.base.tokenizer, full_text(texts[n], prompt.text))
+            ids = self.base.prompted(full_text(texts[n], prompt.text))
             row, prefix = prefixes[n]
             begin = min(_same(row, ids), len(ids) - 1)
             head = {name: t[:begin] for name, t in prefix.tensors.items()}

@@ -18,12 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from icae import __version__
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 from icae.model import ICAE
 from icae.server import chat, contexts
 from icae.server.door import Refused, Server, Tenant
 from icae.server.keys import Keyring
 from icae.server.limits import BodyLimit, Limits
+from icae.server.scheduler import STORAGE
 from icae.server.schemas import ErrorReply, Problem
 from icae.store import SlotStore
 
@@ -137,6 +138,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         return _error(error.status, error.message, error.param, error.headers)
+
+    @app.exception_handler(StorageError)
+    async def unkept(request: Request, error: StorageError) -> Response:
+        log.error("%s", error)
+        return _error(500, STORAGE)
 
     @app.exception_handler(ICAEError)
     async def mistake(request: Request, error: ICAEError) -> Response:

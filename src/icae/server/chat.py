@@ -99,7 +99,7 @@ async def _answer(
     """Queue a generation, and answer with it as a whole or as a stream."""
     begun, usage = time.monotonic(), Usage()
     sampling = Sampling(body.temperature or 0.0, body.top_p or 1.0, body.seed)
-    beginnings = 1 if body.stream and body.beginnings is None else body.beginnings
+    beginnings = (1 if body.stream else 0) if body.beginnings is None else body.beginnings
     job, events = server.submit(server.service.generate(tenant, ask, limit, sampling, usage, beginnings), tenant)
     speech = Speech(server.service.model.base, [body.stop] if isinstance(body.stop, str) else body.stop or [])
     first = await next_event(request, job, events)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from icae.atomic import write_atomically
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 
 KEYS = "keys.json"
 """The file of a server's keys, in its store's folder."""
@@ -34,7 +34,7 @@ class Keyring:
 
         Raises
         ------
-        ICAEError
+        StorageError
             If the file is damaged: better nobody gets in than everybody.
         """
         try:
@@ -46,7 +46,7 @@ class Keyring:
         except FileNotFoundError:
             self._rows, self._read_at = [], None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ICAEError(f"the key file {self.path} is damaged ({error}); delete it and make new keys") from error
+            raise StorageError(f"the key file {self.path} is damaged ({error}); delete it and make new keys") from error
         return self._rows
 
     def add(self, name: str) -> str:

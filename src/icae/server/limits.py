@@ -15,7 +15,7 @@ from icae.errors import ICAEError
 class Limits:
     """Every default once; each field's sentence is shown by `icae serve --limit help`."""
 
-    max_rows: int = setting(16, "Requests that the model works on at once.")
+    max_rows: int = setting(16, "Rows that the model works on at once; an answer has one, while it is begun in several ways as many.")
     guesses: int = setting(
         8, "Tokens that a request guesses ahead at each step, from what was said before, at most; answers stay the same. 0: none."
     )

@@ -20,13 +20,15 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 from icae.model import ICAE
 from icae.server.answer import Answer
 from icae.server.batch import Batch
 
 log = logging.getLogger("icae.server")
 
+STORAGE = "what the server keeps is damaged or cannot be written; its log says more"
+"""What clients are told of a `StorageError`: its paths and mends are the server's owner's."""
 PREPARING = 4
 """Jobs in preparation at once, at most."""
 
@@ -116,7 +118,8 @@ class Scheduler:
         model : ICAE
             Owned by the scheduler's thread from `start` on.
         max_rows : int
-            Jobs under way at once: answers that are generated, and those in preparation.
+            Rows under way at once, above which no further job is taken in: those that generate (several for an answer that is begun in
+            several ways), and one for each job in preparation.
         max_queue : int
             Jobs of one tenant that may wait.
         guesses : int
@@ -151,6 +154,11 @@ class Scheduler:
     def active(self) -> int:
         """Jobs under way."""
         return len(self.preparing) + len(self.running)
+
+    @property
+    def _rows(self) -> int:
+        """Rows under way, one for each job that is in preparation, whatever number it will begin with."""
+        return len(self.preparing) + len(self.batch.rows)
 
     def submit(self, job: Job) -> None:
         """Queue a job.
@@ -236,7 +244,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Take jobs in, one of each tenant in turn."""
         with self.changed:
-            while self.queued and self.active < self.max_rows and len(self.preparing) < PREPARING:
+            while self.queued and self._rows < self.max_rows and len(self.preparing) < PREPARING:
                 tenant = next(t for t, line in self.waiting.items() if line)
                 line = self.waiting.pop(tenant)
                 self.preparing.append(line.popleft())
@@ -259,6 +267,9 @@ class Scheduler:
             return False
         except StopIteration as end:
             self._begin(job, end.value)
+        except StorageError as error:
+            log.error("%s", error)
+            self._finish(job, Failed(500, STORAGE))
         except ICAEError as error:
             self._finish(job, Failed(getattr(error, "status", 400), str(error)))
         except Exception:

@@ -87,10 +87,10 @@ class Generation(BaseModel):
     stream: bool | None = False
     beginnings: int | None = Field(
         None,
-        ge=1,
-        le=16,
-        description="Likeliest first tokens that a chat's answer about contexts is begun with, to go on from the likeliest beginning. "
-        "Where not given: the server's own, and 1 for a stream, whose first words would come later.",
+        ge=0,
+        le=8,
+        description="Likeliest first tokens that a chat's answer about contexts is begun with, to go on from the likeliest beginning; "
+        "0: the server's own number. Where not given: 0, but 1 for a stream, whose first words would come later.",
     )
     stream_options: StreamOptions | None = None
 

@@ -109,12 +109,12 @@ class Service:
             )
         finally:
             self.under_way.discard(mark)
-        if self.limits.store_bytes is not None and added.fresh:
-            self.store.gc(self.limits.store_bytes)
-            if not self.store.catalogue.parts(added.entry.entry):
-                raise ICAEError(
-                    f"the text's slots take more than the store may keep ({self.limits.store_bytes} bytes, --limit store_bytes)"
-                )
+        most = self.limits.store_bytes
+        if most is not None and added.entry.bytes > most:
+            self.store.remove(added.entry.name, namespace)
+            raise ICAEError(f"the text's slots take {added.entry.bytes} bytes, the store may keep {most} (--limit store_bytes)")
+        if most is not None and added.fresh:
+            self.store.gc(most)
         mine = self.store.catalogue.entries(namespace, content=added.entry.entry)
         return added.entry, any(e.made < begun for e in mine)
 
@@ -171,15 +171,20 @@ class Service:
                     embeds.append(self._embeds(part.data))
             turns.append({"role": "system" if message.role == "developer" else message.role, "content": said})
             texts.append({"role": message.role, "content": re.sub(f"{mark}.*?{mark}", "", said)})
-        pieces: list[list[int] | Tensor] = []
-        for i, piece in enumerate(render(self.model.base.tokenizer, turns).split(mark)):
-            pieces.append(embeds[int(piece)] if i % 2 else encode(self.model.base.tokenizer, piece))
+        base, tokenizer = self.model.base, self.model.base.tokenizer
+        first, *rest = render(tokenizer, turns).split(mark)
+        begin = encode(tokenizer, first)
+        pieces: list[list[int] | Tensor] = [begin if contexts or tokenizer.chat_template else base.led(begin)]
+        for i, piece in enumerate(rest):
+            pieces.append(encode(tokenizer, piece) if i % 2 else embeds[int(piece)])
         last = next((text["content"] for text in reversed(texts) if text["role"] == "user"), "")
         return Ask(contexts, pieces, Marker.FT, asked(texts), last)
 
     def completion(self, namespace: str, prompt: str | list[int], context_id: str | None) -> Ask:
         """Read a completion: plain text that goes on, after a context if one is named."""
         ids = self.model.base.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str) and prompt and context_id is None:
+            ids = self.model.base.led(ids)
         vocabulary = self.model.base.model.get_input_embeddings().weight.shape[0]
         if any(i >= vocabulary for i in ids):
             raise ICAEError(f"the prompt holds ids past the base's {vocabulary}")
@@ -205,11 +210,11 @@ class Service:
     # ---- work ----
 
     def generate(
-        self, namespace: str, ask: Ask, limit: int | None, sampling: Sampling, usage: Usage, beginnings: int | None = None
+        self, namespace: str, ask: Ask, limit: int | None, sampling: Sampling, usage: Usage, beginnings: int = 0
     ) -> Generator[None, None, Answer]:
         """Prepare a generation, piece by piece; fills in `usage` before the prompt is read.
 
-        `beginnings` are how many ways an answer from contexts is begun (beginnings.py), where it is not drawn; none: the checkpoint's own.
+        `beginnings` are how many ways an answer from contexts is begun (beginnings.py), where it is not drawn; 0: the checkpoint's own.
         """
         contents = []
         for wanted in ask.contexts:
@@ -217,6 +222,7 @@ class Service:
                 entry, _ = yield from self.compress(namespace, wanted, None, None, "chat")
                 wanted = entry.entry
             contents.append(wanted)
+        contents = list(dict.fromkeys(contents))  # a chat that has its context in every turn reads it once
         key, prefix = (yield from self._prefix(contents, ask.about, namespace)) if contents else ("", None)
         prefix = prefix and prefix.towards(namespace)
         lead = self.model.config.marker_length if prefix else 0
@@ -241,7 +247,7 @@ class Service:
         usage.icae.kv_bytes = sum(t.numel() * t.element_size() for pair in read for t in pair)
         if marker != Marker.FT or sampling.temperature:
             beginnings = 1
-        return Answer(row, self.model.config.beginnings if beginnings is None else beginnings, echo(ask.last, self.model.base.decode))
+        return Answer(row, beginnings or self.model.config.beginnings, echo(ask.last, self.model.base.decode))
 
     def _prefix(self, contents: list[str], about: str, namespace: str) -> Generator[None, None, tuple[str, Prefix]]:
         """Return contexts as one prefix, and its key: from memory if they were asked lately, else, piece by piece, from the store.
@@ -249,7 +255,7 @@ class Service:
         Several contexts, and long ones, are narrowed to what the prompt is about; only the same namespace finds that again, since another
         could tell by its times what was asked.
         """
-        every, most, numbers = "+".join(contents), self.model.config.focus, None
+        every, most, numbers, whole = "+".join(contents), self.model.config.focus, None, None
         key, ids = every, self.model.base.encode(about)
         if ids and most and (len(contents) > 1 or most < self.store.catalogue.segments(every)):
             mark = f"{namespace}#{every}#{hashlib.sha256(repr(ids).encode()).hexdigest()}"
@@ -266,7 +272,8 @@ class Service:
         if numbers is None:
             slots, tokens = (yield from self._slots(contents)), None
         else:
-            whole, _ = yield from self._whole(contents, every)
+            if whole is None:
+                whole, _ = yield from self._whole(contents, every)
             slots, tokens = selected(whole, numbers), whole.tokens
         check_positions(self.model, slots.span + self.model.config.marker_length, 1)
         found = self.prefixes.put(key, slots, tokens)
