@@ -301,7 +301,7 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "no question": (("ask", slots), "question"),
         "two questions": (("ask", "--stored", "a", "Who?", "What?"), "not both"),
         "slots' options of a text": (("ask", "--text", text, "Who?", "--focus", 2, "--beginnings", 1), "--focus and --beginnings say"),
-        "two things with keys": (("serve", "--add-key", "a", "--remove-key", "b", "--store", "s"), "one at a time"),
+        "two things with keys": (("serve", "--add-key", "a", "--remove-key", "b", "--store", "s"), "two names go one at a time"),
         "two sources": (("ask", "--stored", "a", "--text", text, "Who?"), "not both"),
         "store of nothing": (("ask", slots, "Who?", "--store", "kept"), "--stored NAME"),
         "key of nothing": (("ask", slots, "Who?", "--key", "ada"), "--stored NAME"),

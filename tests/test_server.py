@@ -655,7 +655,10 @@ def test_keys_are_hashed_at_rest_and_revoked_at_once(guarded):
     new = keyring.add("ada")
     for k in (key, new):
         assert client.get("/v1/contexts", headers={"Authorization": f"Bearer {k}"}).status_code == 200
-    assert keyring.remove("ada") == 2
+    third = keyring.add("ada", alone=True)
+    told = [client.get("/v1/contexts", headers={"Authorization": f"Bearer {k}"}).status_code for k in (key, new, third)]
+    assert told == [401, 401, 200] and [row["name"] for row in keyring.rows()] == ["ben", "ada"]
+    assert keyring.remove("ada") == 1
     problem(client.get("/v1/contexts", headers=keys["ada"]), 401)
     with pytest.raises(ICAEError) as error:
         keyring.remove("ada")
@@ -843,6 +846,8 @@ def test_serve_s_mistakes_are_one_line(tmp_path):
     assert "max_rows" in run("--limit", "help")
     key = run("--add-key", "ada", *at).strip()
     assert Keyring(tmp_path / "keys.json").check(key) == "ada"
+    new = run("--add-key", "ada", "--remove-key", "ada", *at).strip()
+    assert [Keyring(tmp_path / "keys.json").check(k) for k in (key, new)] == [None, "ada"]
 
 
 def test_the_command_serves_until_it_is_told_to_stop(base, tmp_path):

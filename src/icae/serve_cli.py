@@ -27,7 +27,13 @@ def serve(
     beginnings: Beginnings = None,
     store: Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")] = None,
     name: Annotated[str | None, typer.Option("--name", help="What the model is called to clients. [default: the checkpoint's]")] = None,
-    add_key: Annotated[str | None, typer.Option("--add-key", help="Make an API key of this name, print it once, and exit.")] = None,
+    add_key: Annotated[
+        str | None,
+        typer.Option(
+            "--add-key",
+            help="Make an API key of this name, print it once, and exit; with --remove-key of the same name, instead of its old ones.",
+        ),
+    ] = None,
     remove_key: Annotated[str | None, typer.Option("--remove-key", help="Take the API keys of this name away, and exit.")] = None,
     limit: Annotated[
         list[str] | None, typer.Option("--limit", help="A limit as name=value, such as max_rows=8; `--limit help` lists them.")
@@ -49,11 +55,13 @@ def serve(
     limits = _limits(Limits, limit or [])
     folder = _folder(store)
     keyring = Keyring(folder / KEYS)
-    if add_key is not None and remove_key is not None:
-        raise ICAEError("--add-key and --remove-key go one at a time: add the new key, hand it out, then remove the old one's name")
     if add_key is not None:
+        if remove_key not in (None, add_key):
+            raise ICAEError(
+                "--add-key and --remove-key of two names go one at a time; of one name, they put a new key in its old ones' place"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        print(keyring.add(add_key))
+        print(keyring.add(add_key, alone=remove_key is not None))
         return
     if remove_key is not None:
         print(f"removed {keyring.remove(remove_key)} keys", file=sys.stderr)

@@ -49,16 +49,17 @@ class Keyring:
             raise StorageError(f"the key file {self.path} is damaged ({error}); delete it and make new keys") from error
         return self._rows
 
-    def add(self, name: str) -> str:
+    def add(self, name: str, *, alone: bool = False) -> str:
         """Make a key for the namespace `name` and return it, the only time that it is seen.
 
-        Several keys may have one name: a new one first, then the old one away.
+        Several keys may have one name; `alone` takes the others of that name away in the same moment.
         """
         if not name.strip() or len(name) > 100 or not name.isprintable():
             raise ICAEError(f"a key's name has 1 to 100 printable characters, got {name[:40]!r}")
         key = PREFIX + secrets.token_urlsafe(32)
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._write([*self.rows(), {"name": name, "sha256": _hash(key), "made": made}])
+        kept = [row for row in self.rows() if not alone or row["name"] != name]
+        self._write([*kept, {"name": name, "sha256": _hash(key), "made": made}])
         return key
 
     def remove(self, name: str) -> int:
