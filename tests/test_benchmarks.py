@@ -33,7 +33,7 @@ class Here(Live):
 
 @pytest.fixture(scope="module")
 def model(base):
-    return make_icae(base, stirred=0.05)
+    return make_icae(base, stirred=0.05, beginnings=3)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from icae.experiments.context import Context, checkpoint_hash, open_context
 from icae.experiments.runner import reproduce
 from icae.experiments.table import Column, Table, number, perplexity
 from icae.figures import PAINTERS, draw
+from icae.model import ICAE
 from icae.segments import slot_count
 
 SMALL = {
@@ -98,7 +99,9 @@ def test_a_run_writes_tables_and_pictures_that_come_from_the_tables_alone(contex
         assert {"base_fingerprint", "main", "text", "commit", "machine", "date", "seed"} <= table.provenance.keys()
 
 
-def test_what_stands_is_kept_until_settings_adapter_or_will_change(context, files, tmp_path):
+def test_what_stands_is_kept_until_settings_adapter_or_will_change(context, files, tmp_path, monkeypatch):
+    monkeypatch.setattr("icae.experiments.runner.commit", lambda: "0123456789")
+
     def run(where=context, **changes):
         overrides = {"fig4": {**small("fig4"), **changes.pop("settings", {})}}
         return reproduce(where, ["fig4"], out=tmp_path, overrides=overrides, **changes)["fig4"]
@@ -108,7 +111,25 @@ def test_what_stands_is_kept_until_settings_adapter_or_will_change(context, file
     assert run(where=dataclasses.replace(context, checkpoints={"main": files / "embedding"}, known={}), settings={"samples": 4}) == "done"
     assert run(where=dataclasses.replace(context, seed=1, known={}), settings={"samples": 4}) == "done"
     (tmp_path / "fig4.json").write_text("{}")
-    assert run() == "done"
+    assert [run(), run()] == ["done", "kept"]
+    monkeypatch.setattr("icae.experiments.runner.commit", lambda: "0123456789+")
+    assert [run(), run()] == ["done", "done"]  # who knows what was changed in between
+
+
+def test_whoever_answers_and_what_it_is_computed_on_decide_what_is_kept(context, files):
+    asked = importlib.import_module("icae.experiments.qa").NEEDS
+    bare = [dataclasses.replace(context, checkpoints={"main": files / name}) for name in ("main", "embedding")]
+    assert bare[0].identity(asked) != bare[1].identity(asked)
+    assert {"device": "cpu", "dtype": "float32"}.items() <= context.identity(()).items()
+
+
+def test_a_picture_that_is_drawn_no_more_goes(context, tmp_path):
+    (tmp_path / "table3.png").write_bytes(b"of before")
+    (tmp_path / "table4.png").write_bytes(b"another's")
+    assert reproduce(context, ["table2"], out=tmp_path, overrides=SMALL) == {"table2": "done"} and len(list(tmp_path.glob("*.png"))) == 2
+    (tmp_path / "table2.png").write_bytes(b"of before")
+    reproduce(context, ["table2"], out=tmp_path, overrides=SMALL, force=True)
+    assert {p.name for p in tmp_path.glob("*.png")} == {"table3.png", "table4.png"}
 
 
 def test_one_that_fails_does_not_lose_the_others(context, tmp_path, monkeypatch):
@@ -335,6 +356,9 @@ def test_errors_are_classed(base):
     assert kinds("July weather, then", "weather July, then") == ["swapped"]
     assert kinds("I had therefore slept a while", "I had slept therefore a while") == ["swapped", "swapped"]
     assert kinds("the heat", ", heat") == ["dropped"] and kinds(", heat", "the heat") == ["added"]
+    assert kinds("so, you said", "so you said") == kinds("The Lamp", "the lamp") == kinds("a - b", "a b") == []
+    (row,) = table2._rows(table2.differences(base, "so, you", "so you", 0.5), 16)
+    assert row == {"original": "so, you", "again": "so you", "errors": ""}
     table = table2._rows(table2.differences(base, "a b c d", "a c d", 0.5), 16)
     assert table == [{"original": "a **b** c d", "again": "a c d", "errors": "dropped"}]
 
@@ -422,10 +446,13 @@ def test_the_random_base_is_marked_and_shares_the_tokenizer(context):
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_another_base_is_measured_with_its_own_adapter(context, other_base, tmp_path):
+def test_another_base_is_measured_with_its_own_adapter(context, other_base, tmp_path, monkeypatch):
     tiny.make_icae(other_base, stirred=0.05).save_pretrained(tmp_path / "other")
-    rows = table6.run(dataclasses.replace(context, also=[tmp_path / "other"]), **small("table6")).rows
-    assert [r["base"] for r in rows] == [context.base.name, other_base.name]
+    steps, compress = [], ICAE.compress_ids
+    monkeypatch.setattr(ICAE, "compress_ids", lambda self, *a, **kw: steps.append(self.config.polish) or compress(self, *a, **kw))
+    there = dataclasses.replace(context, also=[tmp_path / "other"], polish=3, known={}, _loaded={})
+    rows = table6.run(there, **small("table6")).rows
+    assert [r["base"] for r in rows] == [context.base.name, other_base.name] and set(steps) == {3}
 
 
 def test_lengths_beyond_the_text_are_left_out_and_said(context):

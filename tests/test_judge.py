@@ -102,6 +102,8 @@ def test_a_line_cut_short_by_a_kill_is_asked_again_and_a_damaged_one_is_named(tm
     again = Endpoint("Verdict: 2")
     assert judge(tmp_path, again).compare("p", [ITEM]) == ([1], 0) and len(again.asked) == 1
     assert len(record.read_text().splitlines()) == 2
+    record.write_bytes(record.read_bytes() + '{"key": "x", "reply": "caf\u00e9"'.encode()[:-2])  # cut inside a character
+    assert judge(tmp_path, Endpoint()).compare("p", [ITEM]) == ([1], 0) and len(record.read_text().splitlines()) == 2
     record.write_text("no json\n" + record.read_text())
     with pytest.raises(ICAEError) as error:
         judge(tmp_path, Endpoint())

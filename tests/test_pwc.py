@@ -77,6 +77,8 @@ def test_a_reply_is_read_as_far_as_it_holds():
         ("title", "Name it.", "Doors"),
         ("specific", "q", "a"),
     ]
+    for kind in (["title"], {"title": 1}, None, 3):
+        assert replied(json.dumps([{**good, "kind": kind}])) == [("specific", "Name it.", "Doors")]
     for broken in ("", "no", "[{]", '{"a": 1}', "[1, 2"):
         assert replied(broken) == []
     assert "<text>\nabc\n</text>" in request("abc") and all(kind in request("abc") for kind in GENERAL)
@@ -268,6 +270,18 @@ def test_replies_under_way_beside_a_failure_are_kept():
     with pytest.raises(ICAEError, match="down"):
         for number, reply in teacher.read(TEXTS[:3]):
             got.append((number, len(reply.said)))
+    assert len(got) == 2
+
+
+def test_replies_beside_a_defect_are_kept(monkeypatch):
+    good = (json.dumps([{"prompt": "What?", "answer": "the brass lamp"}]), "stop")
+    teacher, calls = EndpointTeacher("m", client=client([good] * 3), together=3), iter(range(3))
+    ask = teacher._ask
+    monkeypatch.setattr(teacher, "_ask", lambda text: ask(text) if next(calls) != 1 else [][0])
+    got = []
+    with pytest.raises(IndexError):
+        for number, _ in teacher.read(TEXTS[:3]):
+            got.append(number)
     assert len(got) == 2
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import os
+import stat
 
 import pytest
 import torch
@@ -207,6 +208,27 @@ def test_a_disk_that_fills_leaves_the_old_file_whole(file, monkeypatch, call):
     one_line(error.value, file.name, "No space left on device", "nothing was changed")
     assert file.read_bytes() == before
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_files_have_the_permissions_that_the_umask_leaves_or_had_before(tmp_path):
+    before = os.umask(0o077)
+    try:
+        random_slots().save(tmp_path / "new")
+        random_slots().save(tmp_path / "again")
+        (tmp_path / "again").chmod(0o640)
+        random_slots().save(tmp_path / "again")
+        icae.atomic.write_atomically(tmp_path / "told", b"", mode=0o604)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "again", "told")] == [0o600, 0o640, 0o604]
+
+
+def test_files_that_belong_together_are_all_refused_where_a_folder_has_ones_name(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ICAEError, match="nothing was changed"):
+        icae.atomic.write_together({tmp_path / "a": b"new", tmp_path / "b": b"new"})
+    assert (tmp_path / "a").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 def test_saving_into_a_missing_folder_is_refused(tmp_path):

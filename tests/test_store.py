@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sqlite3
 import time
@@ -416,6 +417,23 @@ def test_archives_that_lie_are_refused(store, tmp_path):
     with zipfile.ZipFile(path) as file:
         other = file.read(f"blobs/{keys[1]}.safetensors")
     lie(lambda name, data: other if keys[0] in name else data)
+    archive.export(store, path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    packed = bytearray((tmp_path / "b.zip").read_bytes())
+    encrypted = bytearray(path.read_bytes())
+    for at in (m.start() for m in re.finditer(b"PK\x03\x04", encrypted)):
+        encrypted[at + 6] |= 1
+    for at in (m.start() for m in re.finditer(b"PK\x01\x02", encrypted)):
+        encrypted[at + 8] |= 1
+    begin = packed.index(b".safetensors") + 40
+    packed[begin : begin + 400] = b"\xff" * 400
+    for bad in (packed, encrypted):
+        path.write_bytes(bad)
+        with pytest.raises(ICAEError) as error:
+            archive.import_(SlotStore(tmp_path / "other"), path)
+        one_line(error.value, "a.zip", "export it again")
     path.write_bytes(b"PK no zip")
     with pytest.raises(ICAEError):
         archive.import_(store, path)
@@ -537,6 +555,10 @@ def test_the_commands(checkpoint, tmp_path):
     (row,) = json.loads(run("add", "-", "--name", "piped", "--model", checkpoint, *at, input=" ".join(LINES) * 3))
     assert row["name"] == "piped" and row["fresh"] == 0
     assert [r["name"] for r in json.loads(run("ls", *at))] == sorted([a, b, "piped"])
+    store = SlotStore(at[1])
+    store.add(Fake(), text_of(3), "report[final].txt"), store.add(Fake(), text_of(3), "a[/b].txt")
+    assert "report[final].txt" in run("ls", *at[:2]) and "a[/b].txt" in run("ls", *at[:2])
+    store.remove("report[final].txt"), store.remove("a[/b].txt")
     assert "piped" in run("ls", *at[:2]) and "fingerprint" in run("show", "piped", *at[:2])
     assert json.loads(run("show", "piped", *at))["about"]["kind"] == "kv"
     assert json.loads(run("verify", *at)) == {"damaged": [], "dropped": False}

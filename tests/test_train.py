@@ -215,6 +215,15 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_can_go_on(finished, settings, co
     assert_same_run(train(settings, config), finished[kind], 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["kv"])
+def test_a_run_that_fails_gives_ctrl_c_back(settings, config, kind, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(Windows, "__getitem__", lambda self, index: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(settings, config)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 @pytest.mark.parametrize("kind", ["kv"])  # its last layer has parameters that no loss reads, the harder case
 def test_two_processes_train_as_one_at_the_same_global_batch(finished, settings, config, kind, tmp_path):
     script = tmp_path / "run.py"

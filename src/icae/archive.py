@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
+from icae.atomic import neighbour
 from icae.blobs import unpack
 from icae.catalogue import Blob
 from icae.errors import ICAEError
@@ -60,15 +62,12 @@ def export(store: SlotStore, path: str | Path, names: list[str] | None = None, *
         rows.append({"name": e.name, "source": e.source, "entry": e.entry, "about": e.about, "parts": parts})
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            with zipfile.ZipFile(file, "w") as archive, tempfile.TemporaryDirectory() as scratch:
-                archive.writestr(_LIST, json.dumps(rows))
-                for key in dict.fromkeys(k for row in rows for k in row["parts"]):
-                    blob = Path(scratch) / "blob"
-                    store.blobs.read(key).save(blob)
-                    archive.write(blob, f"blobs/{key}.safetensors")
-        temporary.chmod(0o644)
+        with neighbour(path) as (temporary, file), zipfile.ZipFile(file, "w") as archive, tempfile.TemporaryDirectory() as scratch:
+            archive.writestr(_LIST, json.dumps(rows))
+            for key in dict.fromkeys(k for row in rows for k in row["parts"]):
+                blob = Path(scratch) / "blob"
+                store.blobs.read(key).save(blob)
+                archive.write(blob, f"blobs/{key}.safetensors")
         temporary.replace(path)
     except OSError as error:
         raise ICAEError(f"could not write {path}: {error.strerror or error}") from error
@@ -99,7 +98,7 @@ def import_(store: SlotStore, path: str | Path, *, namespace: str = "") -> list[
             return [_take(store, archive, Path(scratch) / "blob", row, namespace) for row in rows]
     except FileNotFoundError as error:
         raise ICAEError(f"no archive at {path}; make one with `icae store export {path}`") from error
-    except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ICAEError(f"{path} is no archive of a store, or it is damaged ({error}); export it again") from error
 
 
@@ -109,7 +108,8 @@ def _take(store: SlotStore, archive: zipfile.ZipFile, scratch: Path, row: dict[s
     if not keys or content_hash(keys) != row["entry"]:
         raise ValueError(f"the parts of {name!r} are not those of its content")
     fresh: dict[str, Blob] = {}
-    todo = [k for k in keys if k not in store.catalogue.known(keys)]
+    known = set(store.catalogue.known(keys))
+    todo = [k for k in keys if k not in known]
     while True:
         for key in dict.fromkeys(todo):
             member = archive.getinfo(f"blobs/{key}.safetensors")

@@ -70,10 +70,11 @@ class StopOnInterrupt(TrainerCallback):
         if agreed(self.asked, args.device):
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give Ctrl-C back."""
+    def give_back(self) -> None:
+        """Give Ctrl-C back, however the run ended."""
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
+            self.before = None
 
 
 def agreed(value: int, device: torch.device) -> int:

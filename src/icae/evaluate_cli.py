@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from icae.atomic import make_room
 from icae.errors import ICAEError
 from icae.segments import check_ratio
 from icae.terminal import (
@@ -199,6 +200,8 @@ def _evaluate(
 
     if settings["samples"] < 1:
         raise ICAEError(f"samples must be at least 1, got {settings['samples']}")
+    if save is not None:
+        make_room(save)
     icae = load_model(model, base, device, polish=polish)
     corpus = load_corpus(text, icae.base)
     with progress("evaluating", "samples") as tick:
@@ -236,6 +239,9 @@ def _evaluate_qa(
     check_ratio(settings["ratio"])
     if samples is not None and samples < 1:
         raise ICAEError(f"samples must be at least 1, got {samples}")
+    for path in (responses, save):
+        if path is not None:
+            make_room(path)
     every = load_triples(data)
     icae = load_model(**loading)
     with progress("asking", "questions") as tick:

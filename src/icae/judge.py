@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -159,10 +160,10 @@ def _read(record: Path) -> dict[str, str]:
     if not record.exists():
         return {}
     try:
-        lines = record.read_text(encoding="utf-8").split("\n")
+        lines = record.read_bytes().split(b"\n")
         if lines[-1]:
-            record.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+            os.truncate(record, sum(len(line) + 1 for line in lines[:-1]))
+    except OSError as error:
         raise ICAEError(f"could not read the record {record}: {error}") from error
     known = {}
     for number, line in enumerate(lines[:-1], 1):

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from icae.atomic import write_atomically
+from icae.atomic import make_room, write_atomically
 from icae.model import ICAE
 
 
@@ -22,8 +22,7 @@ def write_report(path: str | Path, name: str, checkpoint: str, model: ICAE, sett
     ICAEError
         If the file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_room(path)
     report = {
         "name": name,
         "checkpoint": checkpoint,
@@ -47,6 +46,7 @@ def commit() -> str:
         return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", str(Path(__file__)))  # a repository around an installed package is somebody else's
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "--", str(here)) else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
@@ -56,6 +56,6 @@ def machine() -> str:
     """Return what the figures were computed on, in words."""
     import torch
 
-    return (
-        f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    cores = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    software = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return ", ".join([cores, *([torch.cuda.get_device_name()] if torch.cuda.is_available() else []), software])

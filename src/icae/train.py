@@ -65,7 +65,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     """Run the loop over samples, and return the folder that holds what was learned; errors as for `train`."""
     output = Path(train.output)
     optimizer = _optimizer(trainee.trained(), train)
-    clock = Clock(train)
+    clock, interrupt = Clock(train), StopOnInterrupt()
     module: Any = trainee
     trainer = ICAETrainer(
         model=module,
@@ -74,7 +74,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
         eval_dataset=held_out,
         data_collator=collate,
         optimizers=(optimizer, _schedule(optimizer, train, clock)),
-        callbacks=[clock, StopOnInterrupt()],
+        callbacks=[clock, interrupt],
     )
     last = _last_checkpoint(output)
     if last is not None and not resume:
@@ -85,8 +85,11 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     if arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / "train_config.json", (json.dumps(train.to_dict(), indent=2) + "\n").encode())
-    with fast_linear():
-        trainer.train(resume_from_checkpoint=last)
+    try:
+        with fast_linear():
+            trainer.train(resume_from_checkpoint=last)
+    finally:
+        interrupt.give_back()
     if trainer.is_world_process_zero():
         trainee.save(output)
         trainer.state.save_to_json(str(output / "trainer_state.json"))

@@ -182,7 +182,9 @@ class Context:
         }
         found = {n: parts[n]() if n in parts else self._checkpoint(self.checkpoints.get(n)) for n in needs}
         polish = "by ratio" if self.polish is None else self.polish  # of slots that are read back or asked
-        return {"base": self.base.name, "base_fingerprint": self.base.fingerprint, "seed": self.seed, "polish": polish, **found}
+        computed = {"device": self.base.device.type, "dtype": str(self.base.dtype).removeprefix("torch.")}
+        base = {"base": self.base.name, "base_fingerprint": self.base.fingerprint}
+        return {**base, **computed, "seed": self.seed, "polish": polish, **found}
 
     def _ablation_hashes(self) -> dict[str, Any]:
         folders = sorted(self.ablations.iterdir()) if self.ablations is not None and self.ablations.is_dir() else []
@@ -266,7 +268,8 @@ def open_context(
         checkpoints.setdefault(role, folder)
     checkpoints |= {role: find_checkpoint(path) for role, path in given.items() if path is not None}
     kwargs = {"text": None if text is None else Path(text), "qa": None if qa is None else Path(qa), **kwargs}
-    return Context(loaded, checkpoints, **kwargs)
+    also = [find_checkpoint(path) for path in kwargs.pop("also", [])]
+    return Context(loaded, checkpoints, also=also, **kwargs)
 
 
 def _shipped(fingerprint: str, kind: str) -> dict[str, Path]:

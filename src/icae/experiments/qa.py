@@ -8,7 +8,7 @@ from icae.experiments.context import Context, hashes
 from icae.experiments.table import Cell, Column, Table, mean
 from icae.experiments.table4 import answer_notes
 
-NEEDS = ("answers", "qa")
+NEEDS = ("main", "answers", "qa")
 QUICK = {"samples": 8}
 COLUMNS = [
     Column("side", "context as"),

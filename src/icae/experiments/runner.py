@@ -119,6 +119,8 @@ def _one(context: Context, name: str, module: ModuleType, settings: dict[str, An
         files = {out / f"{name}.json": table.to_json().encode(), out / f"{name}.md": table.to_markdown().encode()}
         pictures = {out / f"{name}.{kind}": data for kind, data in draw(table).items()}
         write_together({**files, **pictures})
+        for stale in {out / f"{name}.{kind}" for kind in ("png", "svg")} - pictures.keys():
+            stale.unlink(missing_ok=True)
     except ICAEError as error:
         context.say(f"{name}: failed: {error}")
         return FAILED
@@ -135,4 +137,6 @@ def _stands(path: Path, settings: dict[str, Any], origin: dict[str, Any]) -> boo
         table = Table.load(path)
     except ICAEError:
         return False
+    if origin["commit"].endswith("+"):
+        return False  # files were changed since the commit, and who knows which
     return table.settings == settings and all(table.provenance.get(n) == value for n, value in origin.items())

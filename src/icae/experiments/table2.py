@@ -53,10 +53,10 @@ def differences(base: Base, original: str, again: str, alike: float) -> list[tup
     for tag, a, b, c, d in difflib.SequenceMatcher(None, mine, theirs, autojunk=False).get_opcodes():
         here, there = mine[a:b], theirs[c:d]
         left, right = _bare(here), _bare(there)
-        if tag == "equal":
+        if tag == "equal" or left == right:
             kind = ""
         elif not left or not right:
-            kind = "dropped" if left or not right and here else "added"
+            kind = "dropped" if left else "added"
         elif sorted(left) == sorted(right):
             kind = "swapped"
         else:
@@ -98,10 +98,10 @@ def _rows(pieces: list[tuple[list[str], list[str], str]], words_a_row: int) -> l
             column.clear()
 
     for here, there, kind in pieces:
-        if kind:
-            left.extend(_bold(here))
-            right.extend(_bold(there))
-            kinds.append(kind)
+        if kind or here != there:
+            left.extend(_bold(here) if kind else here)
+            right.extend(_bold(there) if kind else there)
+            kinds.extend([kind] if kind else [])
             continue
         for word in here:
             left.append(word)

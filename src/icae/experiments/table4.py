@@ -7,7 +7,7 @@ from icae.experiments.context import Context, hashes
 from icae.experiments.table import Cell, Table
 from icae.experiments.versus import COLUMNS, TOLD, missing, versus
 
-NEEDS = ("answers", "qa", "judge")
+NEEDS = ("main", "answers", "qa", "judge")
 QUICK = {"samples": 8}
 
 

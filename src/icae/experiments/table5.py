@@ -19,7 +19,7 @@ from icae.experiments.versus import COLUMNS, TOLD, missing, versus
 from icae.model import ICAE
 from icae.triples import Triple
 
-NEEDS = ("answers", "ablations", "qa", "judge")
+NEEDS = ("main", "answers", "ablations", "qa", "judge")
 QUICK = {"samples": 8}
 RATIOS = (8, 16)
 OTHERS = {"not-pretrained": "not pretrained", "ae-only": "autoencoding only", "lm-only": "continuation only"}

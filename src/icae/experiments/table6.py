@@ -5,7 +5,8 @@ Where no adapter on another base is given, a tiny base with random weights shows
 
 from __future__ import annotations
 
-from icae.base import Base, fingerprint
+from icae.base import Base, fingerprint, load_base
+from icae.checkpoint import read_config
 from icae.config import ICAEConfig
 from icae.experiments.context import Context, hashes
 from icae.experiments.following import follow
@@ -29,23 +30,23 @@ COLUMNS = [
 
 
 def run(context: Context, *, samples: int = 100, length: int = 128, context_length: int = 128, target: int = 64) -> Table:
-    """Measure every base on the same stretches of text, each in its own tokens."""
+    """Measure every base on as many windows of the same text, each drawn and counted in its own tokens."""
     notes = context.text_note()
     room = context.longest - target
     (context_length,) = context.within([context_length], room, "no document is longer, with what follows", notes)
     (length,) = context.within([length], context.longest, "no document is longer", notes)
     rows = [_row(context, context.main, context.base.name, samples, length, context_length, target)]
     for folder in context.also:
-        other = ICAE.from_pretrained(folder, device=str(context.base.device))
-        there = Context(other.base, {"main": folder}, context.text, seed=context.seed, say=context.say)
-        rows.append(_row(there, other, other.base.name, samples, length, context_length, target))
+        base = load_base(read_config(folder).base, device=str(context.base.device), dtype=context.base.dtype)
+        there = Context(base, {"main": folder}, context.text, seed=context.seed, polish=context.polish, say=context.say)
+        rows.append(_row(there, there.main, base.name, samples, length, context_length, target))
     if not context.also:
         notes.append(
             "The second base has random weights and an untrained adapter: a check of the form alone. Give --also ADAPTER for others."
         )
         tiny = random_base(context.base)
         there = Context(tiny, {}, context.text, seed=context.seed, say=context.say)
-        model = ICAE(tiny, ICAEConfig(lora_rank=4, lora_alpha=4)).eval()
+        model = ICAE(tiny, ICAEConfig(lora_rank=4, lora_alpha=4, polish=context.polish)).eval()
         rows.append(_row(there, model, "random weights (form check)", samples, length, context_length, target))
     return Table("table6", COLUMNS, rows, notes, hashes(context.windows(length, samples)))
 

@@ -124,5 +124,5 @@ def replied(reply: str) -> list[tuple[str, str, str]]:
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("prompt", "answer")):
             kind = row.get("kind")
-            found.append((kind if kind in GENERAL else "specific", row["prompt"], row["answer"]))
+            found.append((kind if isinstance(kind, str) and kind in GENERAL else "specific", row["prompt"], row["answer"]))
     return found

@@ -17,7 +17,6 @@ from icae.base import Base, cached
 from icae.chat import full_text
 from icae.decoder import Decoder
 from icae.endpoint import connect, reply
-from icae.errors import ICAEError
 from icae.objectives import padded
 from icae.pwc.prompts import BRIEFLY, Prompt, offered, plan, question, replied, request
 from icae.slot_batch import SlotBatch
@@ -219,7 +218,7 @@ class EndpointTeacher:
             for done in as_completed(under_way):
                 try:
                     yield under_way[done], done.result()
-                except ICAEError as error:
+                except Exception as error:  # whatever it is, what the others cost is kept
                     failure = error
         if failure is not None:
             raise failure
