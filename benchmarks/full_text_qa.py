@@ -140,7 +140,13 @@ def evaluate(
     report = {
         "name": "qa-full-text",
         "checkpoint": folder.name,
-        "settings": {"data": Path(data).name, "samples": samples, "seed": seed, "max_new_tokens": max_tokens},
+        "settings": {
+            "data": Path(data).name,
+            "samples": samples,
+            "seed": seed,
+            "max_new_tokens": max_tokens,
+            "beginnings": reader.config.beginnings,
+        },
         "results": results,
         "adapter": hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest(),
         "training": json.loads((folder / "train_config.json").read_text()) if (folder / "train_config.json").exists() else None,
