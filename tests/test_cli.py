@@ -300,7 +300,10 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "another text": (("reconstruct", slots, "--against", "other.txt", *model), "not the text"),
         "no question": (("ask", slots), "question"),
         "two questions": (("ask", "--stored", "a", "Who?", "What?"), "not both"),
-        "slots' options of a text": (("ask", "--text", text, "Who?", "--focus", 2, "--beginnings", 1), "--focus and --beginnings say"),
+        "slots' options of a text": (
+            ("ask", "--text", text, "Who?", "--focus", 2, "--beginnings", 1),
+            "only slots know --focus and --beginnings",
+        ),
         "two things with keys": (("serve", "--add-key", "a", "--remove-key", "b", "--store", "s"), "two names go one at a time"),
         "two sources": (("ask", "--stored", "a", "--text", text, "Who?"), "not both"),
         "store of nothing": (("ask", slots, "Who?", "--store", "kept"), "--stored NAME"),

@@ -68,7 +68,7 @@ def ask(
 
         own = {"--focus": focus, "--grounding": grounding, "--beginnings": beginnings}
         if useless := [name for name, given in own.items() if given is not None]:
-            raise ICAEError(f"{' and '.join(useless)} say how slots are asked, and --text asks none: the base reads the full text as it is")
+            raise ICAEError(f"only slots know {' and '.join(useless)}; with --text the base reads the full text as it is")
         loaded, prompt = None, full_text(text_of(str(text), literal=False), prompt)
         icae = load_model(model, base, device)
     else:
