@@ -96,9 +96,11 @@ def _fig5(table: Table) -> Figure:
         for k in sorted({c for c in counts if counts.count(c) > 1 and c is not None}):
             rows = sorted((r for r in table.rows if number(r["slots"]) == k), key=lambda r: number(r["length"]) or 0)
             axis.plot([number(r["length"]) for r in rows], [number(r[key]) for r in rows], ":", color="grey")  # type: ignore[arg-type]
-            axis.annotate(f"{k:g} slots", (number(rows[-1]["length"]), number(rows[-1][key])), fontsize=8)  # type: ignore[arg-type]
+            end = number(rows[-1]["length"]), number(rows[-1][key])
+            axis.annotate(f"{k:g} slots", end, (6, 6), textcoords="offset points", fontsize=8)  # type: ignore[arg-type]
         axis.set(xlabel="context (tokens)", ylabel=label)
-    axes[0].legend(fontsize=8)
+        axis.margins(x=0.15, y=0.1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     return figure
 
 
