@@ -107,10 +107,10 @@ class Base:
         lead = self.lead
         return ids if ids[: len(lead)] == lead else lead + ids
 
-    def prompted(self, prompt: str, history: list[dict[str, str]] | None = None) -> list[int]:
-        """Return the ids of a chat prompt that no slots stand before; where no template says how a chat begins, as a text does."""
+    def prompted(self, prompt: str, history: list[dict[str, str]] | None = None, *, alone: bool = True) -> list[int]:
+        """Return the ids of a chat prompt; one that stands alone begins as a text does, where no template says how a chat begins."""
         ids = chat_prompt(self.tokenizer, prompt, history)
-        return ids if self.tokenizer.chat_template else self.led(ids)
+        return self.led(ids) if alone and not self.tokenizer.chat_template else ids
 
     def decode(self, ids: Any) -> str:
         """Turn ids back into text, special tokens left out."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from icae.base import Base
 from icae.beginnings import Doubt, echo
-from icae.chat import chat_prompt, full_text
+from icae.chat import full_text
 from icae.config import ICAEConfig
 from icae.decoder import Decoder
 from icae.encoder import Encoder
@@ -366,7 +366,7 @@ class ICAE(nn.Module):
         """
         beginnings = (1 if slots is None else self.config.beginnings) if beginnings is None else beginnings
         slots = slots and [self.focused(s, p) for s, p in zip(slots, prompts, strict=True)]
-        ids = [self.base.prompted(p) if slots is None else chat_prompt(self.base.tokenizer, p) for p in prompts]
+        ids = [self.base.prompted(p, alone=slots is None) for p in prompts]
         words = [self.words(s.ids) for s in slots] if words is None and slots is not None else words
         guides = None if words is None else [self.guide(w) for w in words]
         marker, limits = None if slots is None else Marker.FT, [max_new_tokens] * len(ids)
@@ -428,7 +428,7 @@ class ICAE(nn.Module):
         marker = None if slots is None else Marker.FT
         slots = slots and self.focused(slots, prompt, history=history)
         guide, beginnings = (None, 1) if slots is None else (self.guide(self.words(slots.ids)), self.config.beginnings)
-        ids = self.base.prompted(prompt, history) if slots is None else chat_prompt(self.base.tokenizer, prompt, history)
+        ids = self.base.prompted(prompt, history, alone=slots is None)
         doubts = [echo(prompt, self.base.decode)]
         return self._stream(slots, ids, marker, max_new_tokens, sampling, guide=guide, beginnings=beginnings, doubts=doubts)
 

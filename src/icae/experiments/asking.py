@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
-from icae.chat import chat_prompt, chat_response, full_text
+from icae.chat import chat_response, full_text
 from icae.experiments.context import Context
 from icae.metrics import rouge1, token_f1
 from icae.model import ICAE
@@ -99,10 +98,9 @@ def _ask(
 def _likelihood(model: ICAE, slots: Sequence[MemorySlots] | None, prompts: Sequence[str], triples: Sequence[Triple]) -> list[float]:
     """Return the mean log-likelihood a token of each reference response."""
     found: list[float] = []
-    prompted = model.base.prompted if slots is None else partial(chat_prompt, model.base.tokenizer)
     for at in range(0, len(prompts), 4):
         examples = [
-            Example([], Marker.FT, prompted(p), chat_response(model.base.tokenizer, t.response))
+            Example([], Marker.FT, model.base.prompted(p, alone=slots is None), chat_response(model.base.tokenizer, t.response))
             for p, t in zip(prompts[at : at + 4], triples[at : at + 4], strict=True)
         ]
         part = None if slots is None else slots[at : at + 4]

@@ -44,10 +44,11 @@ class Answer:
 
     def decide(self) -> None:
         """Keep the best beginning alone, if all have come far enough to be compared."""
-        if all(row.finished is not None or len(row.ids) >= LENGTH for row in self.rows):
+        if len(self.rows) > 1 and all(row.finished is not None or len(row.ids) >= LENGTH for row in self.rows):
             self.rows = [max(self.rows, key=self._worth)]
 
     def _worth(self, row: Row) -> float:
         """Return the mean log-likelihood of a beginning, less the doubt about it; what it says beyond `LENGTH` is no part of it."""
-        shares = (row.likelihoods or [0.0])[:LENGTH]
+        assert row.likelihoods is not None
+        shares = row.likelihoods[:LENGTH]
         return sum(shares) / len(shares) - self.doubt(row.ids[:LENGTH])
