@@ -4,8 +4,9 @@
 
 The encoder writes slots in one pass, by one function for all texts; a step on the slots is for this text alone (semi-amortized
 inference, arXiv 1802.02550; vectors optimised for one text: arXiv 2502.13063). Adam (arXiv 1412.6980) takes it, in units of each layer's
-own size: at the first step a number moves by up to `RATE` of that, in the direction that lowers the loss. Only the slots change: no
-weight, no length, and nothing that reads them.
+own size: at the first step a number moves by up to its share of that (`RATES`), in the direction that lowers the loss. Values, which say
+what stands in a text, move further than keys, which say where it is found: then answers and what follows get likelier, too. Only the slots
+change: no weight, no length, and nothing that reads them.
 
 It costs a pass of the decoder over the text, forward and back, a step: about twice what the encoder costs.
 """
@@ -26,8 +27,8 @@ from icae.reader import Reader
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots
 
-RATE = 0.03
-"""How far a number moves a step, at most, in root mean squares of its tensor's layer: at 4x; elsewhere by the root of the ratio."""
+RATES = {"keys": 0.015, "values": 0.06, "embeddings": 0.03}
+"""How far a number of a tensor moves a step, at most, in root mean squares of its layer: at 4x; elsewhere by the root of the ratio."""
 BLOCK = 4
 """Tokens of a slot for which a further step is taken, by default."""
 MOST_STEPS = 9
@@ -89,7 +90,7 @@ def _polished(
     keys = [(b, name) for b, row in enumerate(rows) for name in row]
     sizes = {(b, name): _size(rows[b][name]) for b, name in keys}
     means = {key: (0.0, 0.0) for key in keys}
-    rates = [RATE * (s.origin.ratio / BLOCK) ** 0.5 for s in slots]
+    scales = [(s.origin.ratio / BLOCK) ** 0.5 for s in slots]
     for step in range(1, steps + 1):
         yield
         leaves = {(b, name): rows[b][name].detach().requires_grad_() for b, name in keys}
@@ -103,7 +104,7 @@ def _polished(
             first, second = (m / (1 - b**step) for b, m in zip(BETAS, (first, second), strict=True))
             floor = (DAMPING * _size(gradient)) ** 2
             b, name = key
-            rows[b][name] = rows[b][name] - rates[b] * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
+            rows[b][name] = rows[b][name] - RATES[name] * scales[b] * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
     return [
         dataclasses.replace(
             s,

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from icae.encoder import Encoder
-from icae.polish import BLOCK
+from icae.polish import BLOCK, RATES
 from icae.probe import Change, Probe
 from icae.slots import MemorySlots
 
 TOLERANCE = 1e-3
 """A slot's relative squared distance from the wanted one, below which it counts as the same: rounding to int8 makes 2e-5 of it."""
-POLISHED, MOST = 2.0, 0.03
-"""In tolerances, what a step of polishing at 4x may add to that (one makes 6e-4 of it, four 5e-3), and the most that is allowed in all: a
-wrong block is at 0.1."""
+POLISHED, MOST = 1.4, 0.03
+"""In squared rates, what a step of polishing at 4x may add to that, and the most that is allowed in all: a wrong block is at 0.1."""
 SHARE = 0.1
 """Of the worst slot's distance: blocks below it may only stand beside wrong ones, and wait."""
 ROUNDS = 12
@@ -82,7 +81,8 @@ class Refined:
 
 def tolerance(slots: MemorySlots) -> float:
     """Return the distance up to which slots count as the given ones."""
-    return min(TOLERANCE * (1 + POLISHED * slots.origin.polish * slots.origin.ratio / BLOCK), MOST)
+    moved = sum(RATES[name] ** 2 for name in slots.tensors) / len(slots.tensors)
+    return min(TOLERANCE + POLISHED * moved * slots.origin.polish * slots.origin.ratio / BLOCK, MOST)
 
 
 PLANS = {
