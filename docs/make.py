@@ -86,10 +86,17 @@ def results_table(checkpoint: str | None = None) -> str:
 
 
 def _commit(report: dict[str, Any]) -> str:
-    """Return a report's commit, and whether it is of an adapter that ships no more."""
-    file = ROOT / "src/icae/adapters" / report["checkpoint"] / "trainer_state.json"
-    ships = not file.exists() or json.loads(file.read_text())["adapter"] == report["adapter"]
-    return report["commit"] if ships else f"{report['commit']} (of an adapter before)"
+    """Return a report's commit, and whether it is of an adapter that ships no more, or of kv slots that were polished at other rates."""
+    from icae.polish import RATES
+
+    folder = ROOT / "src/icae/adapters" / report["checkpoint"]
+    if not folder.exists():
+        return report["commit"]
+    if json.loads((folder / "trainer_state.json").read_text())["adapter"] != report["adapter"]:
+        return f"{report['commit']} (of an adapter before)"
+    kind = json.loads((folder / "config.json").read_text())["kind"]
+    same = kind == "embedding" or report.get("polish_rates") == RATES
+    return report["commit"] if same else f"{report['commit']} (polished at other rates)"
 
 
 def _autoencoding(results: list[dict[str, Any]], about: dict[str, Any]) -> Iterator[list[Any]]:

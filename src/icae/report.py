@@ -12,6 +12,7 @@ from typing import Any
 
 from icae.atomic import make_room, write_atomically
 from icae.model import ICAE
+from icae.polish import RATES
 
 
 def write_report(path: str | Path, name: str, checkpoint: str, model: ICAE, settings: dict[str, Any], results: Any) -> None:
@@ -29,6 +30,7 @@ def write_report(path: str | Path, name: str, checkpoint: str, model: ICAE, sett
         "settings": settings,
         "results": results,
         "adapter": model.origin.adapter,
+        "polish_rates": RATES,
         "base": model.config.base,
         "base_fingerprint": model.config.base_fingerprint,
         "commit": commit(),
