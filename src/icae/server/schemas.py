@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from icae.config import MOST_BEGINNINGS
+
 Text = Annotated[str, Field(max_length=4 << 20)]
 ContextId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$", description="As `POST /v1/contexts` returned it.")]
 _UNSUPPORTED: dict[str, Any] = {
@@ -88,7 +90,7 @@ class Generation(BaseModel):
     beginnings: int | None = Field(
         None,
         ge=0,
-        le=8,
+        le=MOST_BEGINNINGS,
         description="Likeliest first tokens that a chat's answer about contexts is begun with, to go on from the likeliest beginning; "
         "0: the server's own number. Where not given: 0, but 1 for a stream, whose first words would come later.",
     )
