@@ -139,6 +139,21 @@ def test_messages_that_the_template_refuses_are_an_error_in_one_line(family):
     one_line(error.value, "System role not supported")
 
 
+def test_of_several_templates_the_default_one_counts():
+    tokenizer, plain = make_tokenizer(), make_tokenizer()
+    plain.chat_template = TEMPLATE
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ 'tools' }}"}
+    assert chat_prompt(tokenizer, "What?") == chat_prompt(plain, "What?") and end_of_turn(tokenizer) == end_of_turn(plain)
+    tokenizer.chat_template = {"tool_use": "{{ 'tools' }}"}
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
+def test_bases_that_may_think_aloud_answer_at_once():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE + "{% if enable_thinking is defined and enable_thinking is false %}no thoughts{% endif %}"
+    assert tokenizer.decode(chat_prompt(tokenizer, "What?")).endswith("no thoughts")
+
+
 def test_without_a_template_an_answer_ends_with_eos():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None

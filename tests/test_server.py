@@ -23,7 +23,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 import icae.decoder
+from icae import store_cli
 from icae.beginnings import echo
+from icae.catalogue import namespace_of
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker
 from icae.reader import GREEDY
@@ -107,6 +109,13 @@ def test_a_context_is_made_once_listed_shown_and_deleted(client, store):
     problem(client.get(f"/v1/contexts/{first['id']}"), 404)
     problem(client.delete(f"/v1/contexts/{first['id']}"), 404)
     assert store.entries() == []
+
+
+def test_a_reading_has_characters_of_several_tokens_whole(client):
+    text = "港の灯台守は真鍮のランプを窓に置く。🦀 Naïve café façade."
+    made = client.post("/v1/contexts", json={"text": text}).json()
+    tokens = client.get(f"/v1/contexts/{made['id']}/reading?segments=64").json()["tokens"]
+    assert len(tokens) == made["tokens"] and "".join(t["text"] for t in tokens) == text
 
 
 def test_json_plain_text_and_uploads_make_the_same_content(client, store):
@@ -476,6 +485,13 @@ def test_a_text_that_the_store_cannot_keep_is_refused_and_says_so(model, store):
     assert store.entries(None) == []
 
 
+def test_a_text_that_the_store_cannot_keep_leaves_what_had_its_name(model, store):
+    kept = store.add(model, LINES[0], "a").entry
+    with TestClient(create_app(model, store, limits=Limits(store_bytes=kept.bytes + 100))) as client:
+        problem(client.post("/v1/contexts", json={"text": TEXT, "name": "a"}), 400, "store_bytes")
+    assert [e.id for e in store.entries(None)] == [kept.id]
+
+
 def test_a_text_that_the_store_cannot_keep_takes_no_other_along(model, store):
     kept = [store.add(model, line, f"a{i}", namespace="other").entry for i, line in enumerate(LINES[:2])]
     with TestClient(create_app(model, store, limits=Limits(store_bytes=sum(e.bytes for e in kept) + 100))) as client:
@@ -593,6 +609,46 @@ def test_without_a_key_nothing_but_health_and_the_page(guarded):
         problem(client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, headers=bad), 401)
     assert client.get("/healthz").status_code == client.get("/").status_code == 200
     assert client.get("/v1/contexts", headers=keys["ada"]).status_code == 200
+
+
+def test_the_command_line_gives_a_key_its_contexts(guarded, store, model):
+    client, keys, _ = guarded
+    store.add(model, TEXT, "mine", namespace=namespace_of("ada"))
+    assert [c["name"] for c in client.get("/v1/contexts", headers=keys["ada"]).json()["data"]] == ["mine"]
+    assert client.get("/v1/contexts", headers=keys["ben"]).json()["data"] == []
+    client.post("/v1/contexts", json={"text": TEXT, "name": "sent"}, headers=keys["ben"])
+    listed = CliRunner().invoke(store_cli.app, ["ls", "--key", "ben", "--json", "--store", str(store.folder)])
+    assert [row["name"] for row in json.loads(listed.stdout)] == ["sent"]
+
+
+def test_an_open_server_closes_with_its_first_key_and_stays_closed(model, store):
+    keyring = Keyring(store.folder / "keys.json")
+    with TestClient(create_app(model, store, keyring=keyring, open=True)) as client:
+        assert client.get("/v1/contexts").status_code == 200
+        headers = {"Authorization": f"Bearer {keyring.add('eve')}"}
+        problem(client.get("/v1/contexts"), 401)
+        assert client.get("/v1/contexts", headers=headers).status_code == 200
+        keyring.remove("eve")
+        problem(client.get("/v1/contexts"), 401)
+    with TestClient(create_app(model, store, keyring=keyring)) as client:  # begun with keys, which were taken away
+        problem(client.get("/v1/contexts"), 401)
+
+
+@pytest.mark.parametrize(
+    "foreign", [{"origin": "https://elsewhere.example"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"}]
+)
+def test_pages_of_other_sites_change_nothing(client, store, foreign):
+    for sent in (
+        {"content": TEXT, "headers": {"content-type": "text/plain"}},
+        {"files": {"file": ("a.txt", TEXT.encode())}, "headers": {}},
+    ):
+        sent["headers"] |= foreign
+        problem(client.post("/v1/contexts", **sent), 403, "another site")
+    assert store.entries(None) == []
+    own = {"origin": str(client.base_url), "sec-fetch-site": "same-origin"}
+    assert client.post("/v1/contexts", json={"text": TEXT}, headers=own).status_code == 200
+    assert client.post("/v1/contexts", json={"text": TEXT}, headers={"origin": str(client.base_url)}).status_code == 200
+    assert client.get("/v1/contexts", headers=foreign).status_code == 200  # its answer is not for that page to read
 
 
 def test_one_key_cannot_read_or_guess_anothers_contexts(guarded, store):

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from icae import archive
 from icae.blobs import DTYPES, open_blobs, pack, unpack
+from icae.catalogue import Catalogue, namespace_of
 from icae.chapters import SEGMENTS, chapters
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 from icae.server.keys import KEYS, Keyring
 from icae.slots import MemorySlots, Origin, Segment
 from icae.stepwise import finished
@@ -417,6 +418,13 @@ def test_archives_that_lie_are_refused(store, tmp_path):
     with zipfile.ZipFile(path) as file:
         other = file.read(f"blobs/{keys[1]}.safetensors")
     lie(lambda name, data: other if keys[0] in name else data)
+    lie(lambda name, data: data.replace(b'"name": "a"', b'"name": "a\\u001b]0;x"') if name.endswith("json") else data)
+    lie(lambda name, data: data.replace(b'"dtype"', b'"type"') if name.endswith("json") else data)
+    archive.export(store, path)
+    rewrite(path, lambda name, data: data.replace(b"float16", b"float32").replace(b'"a"', b'"b"') if name.endswith("json") else data)
+    with pytest.raises(ICAEError):
+        archive.import_(store, path)  # where the blobs are known already
+    assert [e.name for e in store.entries()] == ["a"]
     archive.export(store, path)
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -578,7 +586,7 @@ def test_the_commands_reach_the_contexts_of_a_key(checkpoint, tmp_path):
     at = ["--store", tmp_path / "store", "--json"]
     (tmp_path / "a.txt").write_text(" ".join(LINES))
     run("add", tmp_path / "a.txt", "--name", "mine", "--key", "ada", "--model", checkpoint, *at)
-    assert [e.namespace for e in SlotStore(tmp_path / "store").entries(None)] == ["ada"]
+    assert [e.namespace for e in SlotStore(tmp_path / "store").entries(None)] == [namespace_of("ada")]
     assert json.loads(run("ls", *at)) == [] and [r["name"] for r in json.loads(run("ls", "--key", "ada", *at))] == ["mine"]
     one_line(run("show", "mine", *at), "mine")
     one_line(run("show", "yours", "--key", "ada", *at), "yours", "icae store ls --key ada")
@@ -592,7 +600,40 @@ def test_the_commands_reach_the_contexts_of_a_key(checkpoint, tmp_path):
     assert json.loads(run("import", tmp_path / "x.zip", "--key", "bob", *at))["imported"] == ["mine"]
     one_line(run("rm", "mine", *at), "mine")
     run("rm", "mine", "--key", "ada", *at)
-    assert [e.namespace for e in SlotStore(tmp_path / "store").entries(None)] == ["bob"]
+    assert [e.namespace for e in SlotStore(tmp_path / "store").entries(None)] == [namespace_of("bob")]
+
+
+def test_a_writer_lets_other_work_go_on_while_another_process_holds_the_lock(store):
+    held = sqlite3.connect(store.catalogue.path, isolation_level=None)
+    held.execute("BEGIN IMMEDIATE")
+    steps, waited = store.adding(Fake(), [1, 2, 3, 4, 5], "a"), 0
+    for _ in steps:
+        waited += 1
+        if waited == 4:
+            held.rollback()
+    assert waited >= 4 and [e.name for e in store.entries()] == ["a"]
+    held.execute("BEGIN IMMEDIATE")
+    store.catalogue.wait = 0.1
+    with pytest.raises(StorageError, match="another process holds"):
+        store.add(Fake(), "others", "b")
+    assert [e.name for e in store.entries()] == ["a"] and store.catalogue.setting("blobs", "x") == "blobs"  # reading needs no lock
+    held.close()
+
+
+def test_a_damaged_catalogue_is_one_line(tmp_path):
+    path = tmp_path / "catalogue.sqlite"
+    Catalogue(path)
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"x" * (len(data) - 4096)
+    path.write_bytes(data)
+    one_line(run("ls", "--store", tmp_path), "catalogue.sqlite")
+
+
+def test_what_would_take_too_much_changes_nothing(store):
+    kept = store.add(Fake(), "a small one", "a").entry
+    with pytest.raises(ICAEError, match="store_bytes"):
+        finished(store.adding(Fake(), list(range(300)), "a", most=kept.bytes))
+    assert store.entries() == [store.entry("a")] and store.entry("a").id == kept.id and len(blob_files(store)) == 1
 
 
 def test_what_is_no_text_in_a_folder_is_told_and_left_out(checkpoint, tmp_path):
@@ -601,11 +642,12 @@ def test_what_is_no_text_in_a_folder_is_told_and_left_out(checkpoint, tmp_path):
     (texts / "a.txt").write_bytes(b"\xff\xfe\xff")
     (texts / "b.txt").write_text(" \n")
     (texts / "c.txt").write_text("a")
+    (texts / "c\n.txt").write_text(" ".join(LINES))
     one_line(run("add", texts, *at), "nothing in", "texts")
     (texts / "d.txt").write_text(" ".join(LINES))
     result = CliRunner().invoke(app, [str(a) for a in ["add", texts, *at]])
     assert result.exit_code == 0 and [e.name for e in SlotStore(tmp_path / "store").entries()] == [str(texts / "d.txt")]
-    for name, why in (("a.txt", "UTF-8"), ("b.txt", "is empty"), ("c.txt", "two tokens")):
+    for name, why in (("a.txt", "UTF-8"), ("b.txt", "is empty"), ("c.txt", "two tokens"), ("c\\n.txt", "printable")):
         assert any(name in line and why in line and "left out" in line for line in result.stderr.splitlines())
     one_line(run("add", texts / "a.txt", *at), "UTF-8")  # named itself, it is a mistake
 
@@ -615,6 +657,7 @@ def test_what_is_no_text_in_a_folder_is_told_and_left_out(checkpoint, tmp_path):
     [
         (["add", "nosuch.txt"], "nosuch.txt"),
         (["add", "."], "no texts"),
+        (["add", ""], "a source is empty"),
         (["rm", "x"], "no context 'x'"),
         (["gc", "--max-bytes", "-1"], "max_bytes"),
         (["import", "nosuch.zip"], "nosuch.zip"),

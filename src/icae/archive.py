@@ -21,7 +21,7 @@ from icae.blobs import unpack
 from icae.catalogue import Blob
 from icae.errors import ICAEError
 from icae.slots import MemorySlots
-from icae.store import SlotStore, blob_key, content_hash
+from icae.store import DECISIVE, SlotStore, blob_key, check_name, content_hash
 
 _LIST = "contexts.json"
 _MAX_LIST = 64 << 20
@@ -105,11 +105,20 @@ def import_(store: SlotStore, path: str | Path, *, namespace: str = "") -> list[
 def _take(store: SlotStore, archive: zipfile.ZipFile, scratch: Path, row: dict[str, Any], namespace: str) -> str:
     """List one context, its missing blobs written first."""
     name, keys, about, source = str(row["name"]), list(row["parts"]), dict(row["about"]), str(row["source"])
+    try:
+        check_name(name)
+    except ICAEError as error:
+        raise ValueError(error) from error
+    source = "".join(c for c in source if c.isprintable())
     if not keys or content_hash(keys) != row["entry"]:
         raise ValueError(f"the parts of {name!r} are not those of its content")
+    if missing := sorted(set(DECISIVE) - set(about)):
+        raise ValueError(f"{name!r} does not tell its {', '.join(missing)}")
     fresh: dict[str, Blob] = {}
-    known = set(store.catalogue.known(keys))
+    known = set(store.catalogue.sizes(keys))
     todo = [k for k in keys if k not in known]
+    if any(blob_key(unpack(store.blobs.read(k))[1], about) != k for k in known):
+        raise ValueError(f"what the store has of {name!r} was made otherwise than it says")
     while True:
         for key in dict.fromkeys(todo):
             member = archive.getinfo(f"blobs/{key}.safetensors")

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icae.chat import chat_prompt, end_of_turn, tokenize
+from icae.chat import chat_prompt, chat_template, end_of_turn, tokenize
 from icae.errors import ICAEError
 from icae.grounding import Vocabulary, Words
 
@@ -96,6 +96,13 @@ class Base:
         """Tokenise `text` without special tokens; what looks like one in the text stays ordinary characters."""
         return tokenize(self.tokenizer, text, special=False)
 
+    @cached_property
+    def vocabulary_hash(self) -> str:
+        """Name of the tokenizer by what it does: texts that were tokenised by another one have other ids."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = json.dumps(sorted(self.tokenizer.get_vocab().items())) if fast is None else fast.to_str()
+        return hashlib.sha256(rules.encode()).hexdigest()
+
     @property
     def lead(self) -> list[int]:
         """Special ids that the tokenizer itself puts before a text (BOS, for many families)."""
@@ -110,7 +117,7 @@ class Base:
     def prompted(self, prompt: str, history: list[dict[str, str]] | None = None, *, alone: bool = True) -> list[int]:
         """Return the ids of a chat prompt; one that stands alone begins as a text does, where no template says how a chat begins."""
         ids = chat_prompt(self.tokenizer, prompt, history)
-        return self.led(ids) if alone and not self.tokenizer.chat_template else ids
+        return self.led(ids) if alone and not chat_template(self.tokenizer) else ids
 
     def decode(self, ids: Any) -> str:
         """Turn ids back into text, special tokens left out."""

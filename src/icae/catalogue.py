@@ -14,18 +14,21 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 
 VERSION = 1
 """Version of the tables; a store of another version is refused."""
 
 USED_GRAIN = 1.0
 """A use is noted when the last one noted is at least so many seconds ago."""
+
+KEY = "key/"
+"""What the namespace of an API key's name begins with."""
 
 _TABLES = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -49,6 +52,15 @@ SELECT n.namespace, n.name, n.id, n.entry, n.source, n.made, e.used, e.about,
        SUM(b.tokens) AS tokens, SUM(b.slots) AS slots, SUM(b.segments) AS segments, COUNT(*) AS chapters, SUM(b.bytes) AS bytes
 FROM names n JOIN entries e ON e.id = n.entry JOIN parts p ON p.entry = e.id JOIN blobs b ON b.key = p.blob
 """
+
+
+def namespace_of(key: str) -> str:
+    """Return the namespace of an API key's name; none: that of the command line and of a server without keys."""
+    return f"{KEY}{key}" if key else ""
+
+
+class Busy(StorageError):
+    """Another process holds the catalogue's lock."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +116,24 @@ class Catalogue:
                     db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
                 elif version != VERSION:
                     raise ICAEError(f"the store {path.parent} is of version {version}, this version reads {VERSION}; make a new one")
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, StorageError) as error:
             raise ICAEError(f"{path.parent} is no store and cannot become one: {error}") from error
 
     def setting(self, name: str, default: str) -> str:
         """Return a setting of the store, fixed to `default` by the first who asks."""
+        asked = "SELECT value FROM settings WHERE name = ?"
+        with self._connected() as db:
+            if found := db.execute(asked, (name,)).fetchone():
+                return found[0]
         with self._writing() as db:
             db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, default))
-            return db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()[0]
+            return db.execute(asked, (name,)).fetchone()[0]
 
-    def known(self, keys: Iterable[str]) -> set[str]:
-        """Return those of `keys` that are listed."""
+    def sizes(self, keys: Iterable[str]) -> dict[str, int]:
+        """Return the bytes of those blobs of `keys` that are listed."""
         with self._connected() as db:
-            return {k for k in keys if db.execute("SELECT 1 FROM blobs WHERE key = ?", (k,)).fetchone()}
+            rows = ((k, db.execute("SELECT bytes FROM blobs WHERE key = ?", (k,)).fetchone()) for k in keys)
+            return {key: row[0] for key, row in rows if row}
 
     def commit(
         self,
@@ -129,6 +146,7 @@ class Catalogue:
         about: dict[str, Any],
         source: str,
         missing: Callable[[list[str]], list[str]],
+        wait: float | None = None,
     ) -> list[str]:
         """List a finished entry under a name, all or nothing.
 
@@ -146,14 +164,21 @@ class Catalogue:
             As in `Entry`.
         missing : callable
             Tells which of some keys have no file; asked under the write lock.
+        wait : float, optional
+            Seconds to wait for another process; none: the catalogue's own.
 
         Returns
         -------
         list of str
             Empty when done; else nothing was changed, and these blobs must be written first.
+
+        Raises
+        ------
+        Busy
+            If the wait was in vain.
         """
         now = time.time()
-        with self._writing() as db:
+        with self._writing(wait) as db:
             rows = [(b.key, b.bytes, b.tokens, b.slots, b.segments) for b in fresh]
             db.executemany("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?, ?, ?)", rows)
             unlisted = [k for k in keys if not db.execute("SELECT 1 FROM blobs WHERE key = ?", (k,)).fetchone()]
@@ -207,7 +232,7 @@ class Catalogue:
                     return
             with self._writing(wait=0.05) as db:
                 db.execute("UPDATE entries SET used = ? WHERE id = ?", (now, content))
-        except sqlite3.OperationalError:
+        except StorageError:
             pass
 
     def unname(self, namespace: str, name: str) -> bool:
@@ -217,10 +242,10 @@ class Catalogue:
             self._drop_unnamed(db)
             return bool(found)
 
-    def evict(self, max_bytes: int) -> list[tuple[str, str]]:
+    def evict(self, max_bytes: int, *, wait: float | None = None) -> list[tuple[str, str]]:
         """Drop the contents used longest ago until the blobs are at most `max_bytes`; return the (namespace, name) pairs that went."""
         gone: list[tuple[str, str]] = []
-        with self._writing() as db:
+        with self._writing(wait) as db:
             for (content,) in db.execute("SELECT id FROM entries ORDER BY used, id").fetchall():
                 if db.execute("SELECT COALESCE(SUM(bytes), 0) FROM blobs").fetchone()[0] <= max_bytes:
                     break
@@ -236,9 +261,9 @@ class Catalogue:
             db.execute(f"DELETE FROM names WHERE entry IN ({having})", (key,))
             self._drop_unnamed(db)
 
-    def sweep(self, remove: Callable[[str], None], orphans: Iterable[str] = ()) -> int:
+    def sweep(self, remove: Callable[[str], None], orphans: Iterable[str] = (), *, wait: float | None = None) -> int:
         """Delete files that no row lists: those of dropped contents, and those of `orphans` that are none's; return how many."""
-        with self._writing() as db:
+        with self._writing(wait) as db:
             keys = [*(k for (k,) in db.execute("SELECT key FROM trash")), *orphans]
             dead = [k for k in dict.fromkeys(keys) if not db.execute("SELECT 1 FROM blobs WHERE key = ?", (k,)).fetchone()]
             for key in dead:
@@ -256,14 +281,16 @@ class Catalogue:
 
     @contextmanager
     def _connected(self, wait: float | None = None) -> Iterator[sqlite3.Connection]:
-        """Yield a connection of this operation's own, so that threads and forks share nothing."""
-        db = sqlite3.connect(self.path, timeout=self.wait if wait is None else wait, isolation_level=None)
+        """Yield a connection of this operation's own, so that threads and forks share nothing; SQLite's errors become `StorageError`."""
         try:
-            db.execute("PRAGMA foreign_keys = ON")
-            db.execute("PRAGMA synchronous = FULL")
-            yield db
-        finally:
-            db.close()
+            with closing(sqlite3.connect(self.path, timeout=self.wait if wait is None else wait, isolation_level=None)) as db:
+                db.execute("PRAGMA foreign_keys = ON")
+                db.execute("PRAGMA synchronous = FULL")
+                yield db
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise Busy(f"another process holds the store's catalogue {self.path}; try again") from error
+            raise StorageError(f"the store's catalogue {self.path} cannot be read or written: {error}") from error
 
     @contextmanager
     def _writing(self, wait: float | None = None) -> Iterator[sqlite3.Connection]:

@@ -65,6 +65,12 @@ def chat_response(tokenizer: Any, response: str) -> list[int]:
     return ids if end is None else [*ids, end]
 
 
+def chat_template(tokenizer: Any) -> str:
+    """Return a tokenizer's chat template, of several the default one; "" where it has none."""
+    found = getattr(tokenizer, "chat_template", None) or ""
+    return found.get("default", "") if isinstance(found, dict) else found
+
+
 def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     """Return a chat as text, up to where the response begins, for `encode`; it may be split anywhere else before.
 
@@ -73,7 +79,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     ICAEError
         If the template refuses the messages.
     """
-    looks_special = _looks_special(tokenizer, getattr(tokenizer, "chat_template", None) or "")
+    looks_special = _looks_special(tokenizer, chat_template(tokenizer))
     return _template(tokenizer, [{**m, "content": _cut(m["content"], looks_special)} for m in messages])
 
 
@@ -84,7 +90,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 def end_of_turn(tokenizer: Any) -> int | None:
     """Return the id that ends a response: the first special token that the template puts behind one, else the tokenizer's EOS."""
-    template = getattr(tokenizer, "chat_template", None)
+    template = chat_template(tokenizer)
     found = _end_of_turn(tokenizer, template) if template else None
     return tokenizer.eos_token_id if found is None else found
 
@@ -101,12 +107,14 @@ def _end_of_turn(tokenizer: Any, template: str) -> int | None:
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], *, opens: bool = True) -> str:
-    if not getattr(tokenizer, "chat_template", None):
+    if not (template := chat_template(tokenizer)):
         return "".join(f"{m['content']}\n" for m in messages)
     from jinja2 import TemplateError
 
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
+    try:  # bases that think aloud first (Qwen3) answer at once, as slots do; other templates know nothing of it
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=opens, enable_thinking=False
+        )
     except TemplateError as error:  # templates refuse what they do not know, such as two turns of one role
         raise ICAEError(f"the base's chat template refuses these messages: {str(error).splitlines()[0]}") from error
 

@@ -59,17 +59,20 @@ def chat(
 ) -> None:
     """Talk about a text, turn by turn, over the same slots: one question a line; /forget begins anew, /quit or Ctrl-D leaves."""
     from icae.data import read_text
-    from icae.slots import MemorySlots
+    from icae.slots import MemorySlots, is_slot_file
 
     if (context is None) == (not stored):
         raise ICAEError("give either a file or --stored NAME" + ("" if context is None else ", not both"))
     check_stored(stored, store, key)
-    if (ratio, polish) != (None, None) and (context is None or context.suffix == ".safetensors"):
+    if str(context) == "-":
+        raise ICAEError("standard input is where the questions come from; give the text as a file")
+    made = context is None or is_slot_file(context)
+    if (ratio, polish) != (None, None) and made:
         raise ICAEError("--ratio and --polish go with a text file, which is compressed first; these slots are made already")
     text, slots = "", None
     if context is None:
         slots = from_store(stored or [], store, key)
-    elif context.suffix == ".safetensors":
+    elif made:
         slots = MemorySlots.load(context)
     else:
         text = read_text(context)

@@ -101,6 +101,10 @@ def compress(
     text = text_of(source)
     if out.exists() and os.path.exists(source) and os.path.samefile(source, out):
         raise ICAEError(f"{out} is the text itself, which the slots would overwrite; name another file with -o")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ICAEError(
+            f"could not write {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}; name a file with -o"
+        )
     check_ratio(ratio)
     icae = load_model(model, base, device, polish=polish)
     import torch

@@ -78,7 +78,7 @@ def serve(
     _check_free(host, port)
     icae = load_model(str(checkpoint), base, device, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
     hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
-    app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=None if open_to_all else keyring, hosts=hosts)
+    app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=keyring, open=open_to_all, hosts=hosts)
     shutdown = int(limits.shutdown) + 1
     uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=shutdown, server_header=False)
 

@@ -239,6 +239,16 @@ class MemorySlots:
         return MemorySlots(tensors, positions, segments, Origin(**about["origin"]), rotations, ids)
 
 
+def is_slot_file(path: str | Path) -> bool:
+    """Tell whether a file is safetensors rather than text: by its first bytes; where it cannot be read, by its name."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(9)
+    except OSError:
+        return Path(path).suffix == ".safetensors"
+    return len(begin) == 9 and begin[8:] == b"{" and b"\0" in begin[:8]
+
+
 def rotated(keys: Tensor, rotations: Tensor, by: Tensor) -> Tensor:
     """Turn keys by further positions, so that a key rotated at p becomes the key rotated at p + by.
 

@@ -15,15 +15,17 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from icae.base import cache_folder
 from icae.blobs import DTYPES, open_blobs, pack, unpack
-from icae.catalogue import Blob, Catalogue, Entry
+from icae.catalogue import KEY, Blob, Busy, Catalogue, Entry
 from icae.chapters import chapters
 from icae.config import FORMAT_VERSION
 from icae.errors import ICAEError, StorageError
@@ -35,6 +37,10 @@ DECISIVE = ("base_fingerprint", "adapter", "kind", "ratio", "layout", "polish", 
 """What decides, beside the token ids, which slots a chapter becomes."""
 ORPHAN_SECONDS = 3600
 """Age at which a file that no row lists is taken for a dead writer's, in seconds."""
+SHORT_WAIT = 0.05
+"""Seconds that whoever adds a text waits for another process at once, before other work goes between."""
+
+T = TypeVar("T")
 
 
 class Compressor(Protocol):
@@ -104,6 +110,7 @@ class SlotStore:
         ratio: int | None = None,
         dtype: str = "float16",
         batch_size: int = 8,
+        most: int | None = None,
     ) -> Generator[tuple[int, int], None, Added]:
         """Add a text step by step (`ICAE.compressing`), so that other work may go between.
 
@@ -125,6 +132,8 @@ class SlotStore:
             One of `icae.blobs.DTYPES`.
         batch_size : int
             Segments encoded at once.
+        most : int, optional
+            Bytes that its slots may take.
 
         Yields
         ------
@@ -139,12 +148,13 @@ class SlotStore:
         Raises
         ------
         ICAEError
-            If the text is too short, or `name`, `ratio` or `dtype` is out of range; `StorageError` if the slots cannot be written.
+            If the text is too short, its slots take more than `most`, or `name`, `ratio` or `dtype` is out of range; `StorageError` if the
+            slots cannot be written.
         """
         if dtype not in DTYPES:
             raise ICAEError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if name is not None and (not name.strip() or len(name) > 400 or not name.isprintable()):
-            raise ICAEError(f"a name has 1 to 400 printable characters, got {name[:40]!r}")
+        if name is not None:
+            check_name(name)
         check_ratio(ratio)
         length, ratio = model.config.segment_length, model.config.ratio if ratio is None else ratio
         newlines = {i: n for i in set(ids) if (n := model.base.decode([i]).count("\n"))}
@@ -153,7 +163,7 @@ class SlotStore:
         keys = [blob_key(row, about) for row in rows]
         content = content_hash(keys)
         todo, fresh = {k: row for k, row in zip(keys, rows, strict=True)}, {}
-        for key in self.catalogue.known(todo):
+        for key in (sizes := self.catalogue.sizes(todo)):
             del todo[key]
         done, total = 0, sum(len(cut(len(row), length, ratio)) for row in todo.values())
 
@@ -167,18 +177,23 @@ class SlotStore:
                     made += yield from saying(told, model.compressing(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size))
                     done += len(pieces[at : at + batch_size])
                 slots = MemorySlots.concatenate(made, same=True)
-                size = self._write(key, pack(slots, row, dtype))
-                fresh[key] = Blob(key, size, slots.tokens, slots.count, len(slots.segments))
-            gone = self.catalogue.commit(
+                sizes[key] = self._write(key, pack(slots, row, dtype))
+                fresh[key] = Blob(key, sizes[key], slots.tokens, slots.count, len(slots.segments))
+            if most is not None and (size := sum(sizes[key] for key in keys)) > most:
+                self.catalogue.sweep(self.blobs.remove, fresh)
+                raise ICAEError(f"the text's slots take {size} bytes, the store may keep {most} (--limit store_bytes)")
+            commit = partial(
+                self.catalogue.commit,
                 namespace,
                 name or f"text-{content[:12]}",
                 content,
                 keys,
-                fresh.values(),
+                list(fresh.values()),
                 about=about,
                 source=source,
                 missing=self.blobs.missing,
             )
+            gone = yield from saying(lambda _: told(0), self._patiently(commit))
             if not gone:
                 return Added(self.entry(name or f"text-{content[:12]}", namespace), len(fresh))
             todo = {k: row for k, row in zip(keys, rows, strict=True) if k in gone}  # dropped by another process meanwhile
@@ -264,7 +279,7 @@ class SlotStore:
                 users.setdefault(key, []).append(e)
         for done, blob in enumerate(listed, 1):
             problem = self._problem(blob, users.get(blob.key, []))
-            if problem is not None and self.catalogue.known([blob.key]):  # not removed by another process meanwhile
+            if problem is not None and self.catalogue.sizes([blob.key]):  # not removed by another process meanwhile
                 bad.append({"key": blob.key, "problem": problem, "names": [e.name for e in users.get(blob.key, [])]})
                 if drop:
                     self.catalogue.disown(blob.key)
@@ -288,7 +303,13 @@ class SlotStore:
         return None
 
     def gc(self, max_bytes: int | None = None) -> dict[str, Any]:
+        """Clear away what nothing lists, and drop contents used longest ago; parameters, result and errors as for `clearing`."""
+        return finished(self.clearing(max_bytes))
+
+    def clearing(self, max_bytes: int | None = None) -> Generator[None, None, dict[str, Any]]:
         """Clear away what nothing lists, and drop contents used longest ago until `max_bytes` are kept.
+
+        Yields where another process is waited for, so that other work may go between.
 
         Returns
         -------
@@ -302,13 +323,31 @@ class SlotStore:
         """
         if max_bytes is not None and max_bytes < 0:
             raise ICAEError(f"max_bytes must be at least 0, got {max_bytes}")
-        gone = [] if max_bytes is None else self.catalogue.evict(max_bytes)
-        files = self.catalogue.sweep(self.blobs.remove, list(self.blobs.old(ORPHAN_SECONDS)))
+        gone = [] if max_bytes is None else (yield from self._patiently(partial(self.catalogue.evict, max_bytes)))
+        orphans = list(self.blobs.old(ORPHAN_SECONDS))
+        files = yield from self._patiently(partial(self.catalogue.sweep, self.blobs.remove, orphans))
         return {"removed": [name for _, name in gone], "files": files, "bytes": sum(b.bytes for b in self.catalogue.blobs())}
+
+    def _patiently(self, step: Callable[..., T]) -> Generator[None, None, T]:
+        """Do what needs the catalogue's lock in short waits, with other work between them, for as long as the catalogue waits."""
+        until = time.monotonic() + self.catalogue.wait
+        while True:
+            try:
+                return step(wait=SHORT_WAIT)
+            except Busy:
+                if time.monotonic() > until:
+                    raise
+            yield
+
+
+def check_name(name: str) -> None:
+    """Raise `ICAEError` where a context cannot be called so."""
+    if not name.strip() or len(name) > 400 or not name.isprintable():
+        raise ICAEError(f"a name has 1 to 400 printable characters, got {name[:40]!r}")
 
 
 def _of(namespace: str) -> str:
-    return f" --key {namespace}" if namespace else ""
+    return f" --key {namespace.removeprefix(KEY)}" if namespace else ""
 
 
 def blob_key(ids: list[int], about: dict[str, Any]) -> str:

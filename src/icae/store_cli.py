@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from icae.errors import ICAEError
+from icae.catalogue import namespace_of
+from icae.errors import ICAEError, StorageError
 from icae.segments import check_ratio
 from icae.terminal import BaseName, Device, Json, Key, Model, Polish, Ratio, StoreFolder, load_model, open_store, print_table, progress, say
 
@@ -56,12 +57,19 @@ def add(
     icae = load_model(model, base, device, polish=polish)
     rows = []
     for t in texts:
-        if t.found and len(icae.base.encode(t.text)) < 2:
-            say(f"{t.source} has less than two tokens, left out")
-            continue
         begin = time.perf_counter()
-        with progress(f"compressing {t.name}") as tick:
-            added = kept.add(icae, t.text, t.name, source=t.source, ratio=ratio, dtype=dtype, namespace=key, progress=tick)
+        try:
+            with progress(f"compressing {t.name}") as tick:
+                added = kept.add(
+                    icae, t.text, t.name, source=t.source, ratio=ratio, dtype=dtype, namespace=namespace_of(key), progress=tick
+                )
+        except StorageError:
+            raise
+        except ICAEError as error:
+            if not t.found:
+                raise
+            say(f"left out: {t.source!r}: {error}")
+            continue
         row = {**_row(added.entry), "fresh": added.fresh, "seconds": time.perf_counter() - begin}
         rows.append(row)
         if not as_json:
@@ -75,7 +83,7 @@ def add(
 @app.command()
 def ls(key: Key = "", store: StoreFolder = None, as_json: Json = False) -> None:
     """List the contexts in the store."""
-    rows = [_row(e) for e in open_store(store).entries(key)]
+    rows = [_row(e) for e in open_store(store).entries(namespace_of(key))]
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
         return
@@ -92,7 +100,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Tell all that the store knows of a context."""
-    row = _row(open_store(store).entry(name, key))
+    row = _row(open_store(store).entry(name, namespace_of(key)))
     if as_json:
         print(json.dumps(row, ensure_ascii=False))
         return
@@ -106,9 +114,9 @@ def rm(names: Names, key: Key = "", store: StoreFolder = None, as_json: Json = F
     """Take contexts out of the store; slots that another name needs stay."""
     kept = open_store(store)
     for name in names:
-        kept.entry(name, key)
+        kept.entry(name, namespace_of(key))
     for name in dict.fromkeys(names):
-        kept.remove(name, key)
+        kept.remove(name, namespace_of(key))
     print(json.dumps({"removed": list(dict.fromkeys(names))}) if as_json else f"removed {', '.join(dict.fromkeys(names))}")
 
 
@@ -160,10 +168,10 @@ def export(
     if archive.suffix == ".safetensors":
         if names is None or len(names) != 1:
             raise ICAEError("a slot file holds one context: icae store export slots.safetensors NAME")
-        kept.load(names[0], key).save(archive)
+        kept.load(names[0], namespace_of(key)).save(archive)
         count = 1
     else:
-        count = write(kept, archive, names, namespace=key)
+        count = write(kept, archive, names, namespace=namespace_of(key))
     results = {"file": str(archive), "contexts": count, "bytes": archive.stat().st_size}
     print(json.dumps(results) if as_json else f"{count} contexts, {results['bytes']} bytes: {archive}")
 
@@ -180,7 +188,7 @@ def import_(
 
     kept = open_store(store, make=True)
     _check_key(kept, key)
-    names = read(kept, archive, namespace=key)
+    names = read(kept, archive, namespace=namespace_of(key))
     print(json.dumps({"imported": names}, ensure_ascii=False) if as_json else f"imported {len(names)} contexts")
 
 
@@ -198,6 +206,8 @@ def _texts(sources: list[str]) -> Iterator[_Text]:
     from icae.data import decoded, read_text
 
     for source in sources:
+        if not source:
+            raise ICAEError("a source is empty; name a text file, a folder, or '-'")
         if source == "-":
             text = decoded(sys.stdin.buffer.read(), "standard input")
             yield _Text("stdin", "standard input", _filled(text, "standard input"))

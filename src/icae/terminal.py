@@ -63,7 +63,7 @@ Beginnings = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate, at most.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
-SamplingSeed = Annotated[int, typer.Option("--seed", help="Of what is drawn, where the temperature is above 0.")]
+SamplingSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of what is drawn, where the temperature is above 0.")]
 Key = Annotated[
     str,
     typer.Option("--key", metavar="NAME", help="Of this key of a server (`icae serve --add-key`). [default: of none]", show_default=False),
@@ -126,9 +126,9 @@ def text_of(source: str, *, literal: bool = True) -> str:
         if sys.stdin.isatty():
             say("reading standard input, until Ctrl-D ...")
         text = decoded(sys.stdin.buffer.read(), "standard input")
-    elif not literal or os.path.exists(source) or not any(c.isspace() for c in source):
+    elif not literal or os.path.exists(source):
         text = read_text(source)
-    elif re.fullmatch(r"[^\n]{1,200}\.(txt|md|rst|text|py|json|html?|pdf)", source):
+    elif not any(c.isspace() for c in source) or re.fullmatch(r"[^\n]{1,200}\.(txt|md|rst|text|py|json|html?|pdf)", source):
         raise ICAEError(f"no file at {source}; if that is the text itself, give it on standard input: echo ... | icae ... -")
     else:
         text = source
@@ -148,10 +148,11 @@ def open_store(folder: Path | None, blobs: str | None = None, *, make: bool = Fa
 
 def from_store(names: list[str], folder: Path | None, key: str) -> MemorySlots:
     """Return the slots of stored contexts, several of them joined as documents; raises `ICAEError` for a name that is not there."""
+    from icae.catalogue import namespace_of
     from icae.slots import MemorySlots
 
     kept = open_store(folder)
-    return MemorySlots.concatenate([kept.load(name, key) for name in dict.fromkeys(names)])
+    return MemorySlots.concatenate([kept.load(name, namespace_of(key)) for name in dict.fromkeys(names)])
 
 
 def check_stored(names: list[str] | None, folder: Path | None, key: str) -> None:

@@ -30,7 +30,7 @@ from icae.store import SlotStore
 
 log = logging.getLogger("icae.server")
 PAGES = Path(__file__).parent / "page"
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def create_app(
@@ -40,6 +40,7 @@ def create_app(
     name: str = "icae",
     limits: Limits | None = None,
     keyring: Keyring | None = None,
+    open: bool = False,
     hosts: list[str] | None = None,
 ) -> FastAPI:
     """Make the application.
@@ -56,6 +57,8 @@ def create_app(
         Sizes and times.
     keyring : Keyring, optional
         Who may come in; none: everybody, into the namespace of the command line.
+    open : bool
+        As long as the keyring never had a key, everybody may come in.
     hosts : list of str, optional
         Names that a request's Host header may have (against DNS rebinding); none: any.
 
@@ -65,7 +68,7 @@ def create_app(
         Its lifespan starts the scheduler, and at the end lets it finish what runs.
     """
     limits = limits or Limits()
-    server = Server(model, store, name, limits, keyring)
+    server = Server(model, store, name, limits, keyring, open)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -151,9 +154,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = max(error.errors(), key=lambda e: len(e["loc"]))  # of a union's branches, the one that came furthest
+        if first["type"] == "json_invalid":
+            return _error(422, _plain(f"body: {first['msg']}: {first.get('ctx', {}).get('error', '')}"))
         named = [str(p) for p in first["loc"] if p not in ("body", "str") and str(p).isidentifier() or isinstance(p, int)]  # no type's name
         where = ".".join(named) or None
-        if not named and first["type"] == "model_attributes_type":
+        if not named and first["type"] == "model_attributes_type" and "json" not in request.headers.get("content-type", ""):
             return _error(415, "send JSON, with the header Content-Type: application/json")
         return _error(422, _plain(f"{where or 'body'}: {first['msg']}"), where and _plain(where))
 

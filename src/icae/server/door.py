@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from icae.catalogue import namespace_of
 from icae.model import ICAE
 from icae.server.keys import Keyring
 from icae.server.limits import Limits
@@ -30,8 +32,8 @@ class Refused(Exception):
 class Server:
     """What the routes share."""
 
-    def __init__(self, model: ICAE, store: SlotStore, name: str, limits: Limits, keyring: Keyring | None):
-        self.name, self.limits, self.keyring, self.started = name, limits, keyring, int(time.time())
+    def __init__(self, model: ICAE, store: SlotStore, name: str, limits: Limits, keyring: Keyring | None, open: bool = False):
+        self.name, self.limits, self.keyring, self.open, self.started = name, limits, keyring, open, int(time.time())
         self.service = Service(model, store, limits)
         self.scheduler = Scheduler(model, max_rows=limits.max_rows, max_queue=limits.max_queue, guesses=limits.guesses)
         self.metrics = Metrics(self.scheduler, self.service)
@@ -84,15 +86,30 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, as `icae serve -
 
 
 def tenant_of(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> str:
-    """Return the namespace of a request's key; without any keys on the server, that of the command line."""
-    keyring = server_of(request).keyring
-    if keyring is None:
+    """Return the namespace of a request's key; on a server that is open and has no keys, that of the command line."""
+    refuse_other_sites(request)
+    server = server_of(request)
+    keyring = server.keyring
+    if keyring is None or (server.open and not keyring.rows()):
         return ""
+    server.open = False  # once there were keys, taking the last one away lets nobody in
     name = keyring.check(given.credentials) if given is not None else None
     if name is None:
         raise Refused(401, "no valid API key; send it as 'Authorization: Bearer KEY'", {"WWW-Authenticate": "Bearer"})
-    return f"key/{name}"
+    return namespace_of(name)
+
+
+def refuse_other_sites(request: Request) -> None:
+    """Refuse what changes something and was sent by a page of another site: browsers send plain text and forms unasked (CSRF)."""
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    foreign = site not in ("same-origin", "none") if site else origin and urlsplit(origin).netloc != request.headers.get("host")
+    if foreign:
+        raise Refused(403, "this request comes from a page of another site")
 
 
 Tenant = Annotated[str, Depends(tenant_of)]
-ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorReply} for code in (400, 401, 404, 413, 415, 422, 429, 499, 500, 503, 504)}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorReply} for code in (400, 401, 403, 404, 413, 415, 422, 429, 499, 500, 503, 504)
+}

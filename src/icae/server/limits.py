@@ -76,7 +76,7 @@ class BodyLimit:
 
     async def _refuse(self, send: Any) -> None:
         message = f"the request is larger than {self.max_body} bytes; send a smaller one"
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "too_large"}
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "413"}
         body = json.dumps({"error": error}).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})

@@ -19,7 +19,7 @@ from torch import Tensor
 from icae.base import Base
 from icae.beginnings import echo
 from icae.catalogue import Entry
-from icae.chat import encode, render
+from icae.chat import chat_template, encode, render
 from icae.errors import ICAEError
 from icae.focus import asked, counted, relevant, selected
 from icae.model import ICAE
@@ -37,6 +37,9 @@ from icae.store import Added, SlotStore
 
 SEGMENTS_AT_ONCE = 1
 """Segments that are encoded, or polished by one step, between two steps of those who generate."""
+
+CHARACTER = 4
+"""Bytes of a character in UTF-8, and so the tokens that it may take, at most."""
 
 CHOSEN_BYTES = 1 << 22
 """Memory for which segments prompts were about: "Summarise the text." comes again and again."""
@@ -98,6 +101,7 @@ class Service:
 
         Two requests with the same text wait for one another, so that it is compressed once.
         """
+        most = self.limits.store_bytes
         begun, mark = time.time(), hashlib.sha256(repr((ratio, ids)).encode()).hexdigest()
         while mark in self.under_way:
             yield
@@ -105,16 +109,14 @@ class Service:
         try:
             added: Added = yield from saying(
                 lambda _: None,
-                self.store.adding(self.model, ids, name, namespace=namespace, source=source, ratio=ratio, batch_size=SEGMENTS_AT_ONCE),
+                self.store.adding(
+                    self.model, ids, name, namespace=namespace, source=source, ratio=ratio, batch_size=SEGMENTS_AT_ONCE, most=most
+                ),
             )
         finally:
             self.under_way.discard(mark)
-        most = self.limits.store_bytes
-        if most is not None and added.entry.bytes > most:
-            self.store.remove(added.entry.name, namespace)
-            raise ICAEError(f"the text's slots take {added.entry.bytes} bytes, the store may keep {most} (--limit store_bytes)")
         if most is not None and added.fresh:
-            self.store.gc(most)
+            yield from self.store.clearing(most)
         mine = self.store.catalogue.entries(namespace, content=added.entry.entry)
         return added.entry, any(e.made < begun for e in mine)
 
@@ -129,6 +131,7 @@ class Service:
         slots, ids = self.store.read(entry.entry)
         self.model.check(slots)
         made, slot, at, ratio = [], 0, 0, entry.about["ratio"]
+        held: list[int] = []  # tokens of a character that is not whole yet: the last one has it
         for part in slots.split()[:segments]:
             yield
             piece = ids[at : at + part.tokens]
@@ -136,7 +139,12 @@ class Service:
             plain = self.model.score(None, [Example([], Marker.AE, piece[:1], piece[1:])], marked=False)[0].nll.tolist()
             for i, (token, hit, nll) in enumerate(zip(piece, back.hits.tolist(), back.nll.tolist(), strict=True)):
                 surprise = plain[i - 1] if i else 0.0
-                text = self.model.base.decode([token])
+                held.append(token)
+                text = self.model.base.decode(held)
+                if text.endswith("\ufffd") and len(held) < CHARACTER:
+                    text = ""
+                else:
+                    held = []
                 made.append(ReadToken(text=text, slot=slot + i // ratio, hit=hit, nll=nll, surprise=surprise))
             slot, at = slot + part.count, at + part.tokens
         return Reading(id=id, tokens=made, slots=slot, complete=at == len(ids))
@@ -174,7 +182,7 @@ class Service:
         base, tokenizer = self.model.base, self.model.base.tokenizer
         first, *rest = render(tokenizer, turns).split(mark)
         begin = encode(tokenizer, first)
-        pieces: list[list[int] | Tensor] = [begin if contexts or tokenizer.chat_template else base.led(begin)]
+        pieces: list[list[int] | Tensor] = [begin if contexts or chat_template(tokenizer) else base.led(begin)]
         for i, piece in enumerate(rest):
             pieces.append(encode(tokenizer, piece) if i % 2 else embeds[int(piece)])
         last = next((text["content"] for text in reversed(texts) if text["role"] == "user"), "")
@@ -195,7 +203,7 @@ class Service:
         hidden = self.model.base.hidden_size
         try:
             tensors = from_safetensors(base64.b64decode(data, validate=True))
-        except (binascii.Error, ValueError, SafetensorError) as error:
+        except (binascii.Error, ValueError, KeyError, SafetensorError) as error:
             raise ICAEError("prompt_embeds is no base64 of a safetensors file (tensors saved by torch.save are refused)") from error
         if len(tensors) != 1:
             raise ICAEError(f"prompt_embeds holds {len(tensors)} tensors; give one of (tokens, {hidden})")
