@@ -107,7 +107,9 @@ def train(config: str, overrides: list[str]) -> Path:
     values = read_yaml(config)
     model = values.pop("model", None) or {}
     for override in overrides:
-        name, _, value = override.partition("=")
+        name, sign, value = override.partition("=")
+        if not sign:
+            raise ICAEError(f"{override!r} is not name=value")
         values[name] = yaml.safe_load(value)
     settings = TrainConfig.from_dict({**values, "objective": "instruct", "distil": 1.0})  # its samples carry the full text's prompt
     shape = starting_config(settings.init, model)

@@ -27,7 +27,8 @@ def cli_page() -> str:
     lines = [
         "# Command line",
         "",
-        "Made from `icae --help` by `make docs`. Every command exits with 2 and one line where the input is wrong.",
+        "Made from `icae --help` by `make docs`. Every command exits with 2 where the input is wrong, and one line says what is; an option",
+        "that does not exist, or has a value out of its range, shows the usage beside it.",
         "",
     ]
     for path, command in _commands(get_command(app), "icae"):

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import time
@@ -8,6 +9,7 @@ import pytest
 from tiny import LINES, one_line
 
 import icae.data
+from icae.base import Base
 from icae.config import ICAEConfig, TrainConfig
 from icae.data import Corpus, HeldOut, Windows, documents, load_corpus, load_texts, read_text
 from icae.errors import ICAEError
@@ -69,10 +71,16 @@ def test_documents_of_a_folder_come_by_name_and_those_of_a_jsonl_by_line(tmp_pat
     assert list(documents(rows_to_jsonl(tmp_path / "x.jsonl", [{"text": odd}, {"input": "context"}]))) == [odd, "context"]
 
 
-@pytest.mark.parametrize("row", ['{"text": ', '{"other": "x"}', "[1]", '"text"', "3", '{"text": 5}'])
+@pytest.mark.parametrize("row", ['{"text": ', '{"other": "x"}', "[1]", '"text"', "3", '{"text": 5}', '{"text": "half of a text \\ud83d"}'])
 def test_a_bad_line_of_a_jsonl_is_named(tmp_path, row):
     path = rows_to_jsonl(tmp_path / "x.jsonl", [{"text": "fine"}, row])
     refused(lambda: list(documents(path)), "x.jsonl, line 2", "text")
+
+
+def test_what_is_json_is_no_text_and_nothing_is_nothing(tmp_path):
+    (tmp_path / "squad.json").write_text('{"data": []}')
+    refused(lambda: list(documents(str(tmp_path / "squad.json"))), "squad.json", ".jsonl")
+    refused(lambda: list(documents("")), "empty")
 
 
 # ---- corpus ----
@@ -110,6 +118,21 @@ def test_a_corpus_is_tokenised_once_and_again_when_its_text_has_changed(base, ho
     time.sleep(0.01)
     file.write_text(LINES[0][::-1])  # as long as before
     assert load_corpus(str(file), base).ids.tolist() == base.encode(LINES[0][::-1])
+
+
+def test_a_corpus_is_tokenised_again_by_another_tokenizer(base, home, tmp_path):
+    (tmp_path / "a.txt").write_text(LINES[0])
+    first = load_corpus(str(tmp_path / "a.txt"), base)
+    other = copy.deepcopy(base.tokenizer)
+    other.add_tokens(["harbour", LINES[0].split()[1]])
+    changed = Base(base.model, other, base.name, base.fingerprint)
+    assert load_corpus(str(tmp_path / "a.txt"), changed).ids.tolist() == changed.encode(LINES[0]) != first.ids.tolist()
+
+
+def test_a_window_that_the_base_has_no_positions_for_is_refused_at_the_start(base):
+    long = base.max_positions // 2
+    for settings in ({"windows": [[0, 8], [5, long]], "autoencoding_share": 1.0}, {"windows": [[0, long, 4]], "autoencoding_share": 0.0}):
+        refused(lambda settings=settings: windows(base, corpus_of(8 * long), **settings), "positions", str(base.max_positions))
 
 
 def test_several_sources_give_windows_by_size_or_by_share(base, home, tmp_path):

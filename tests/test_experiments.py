@@ -209,6 +209,10 @@ def test_roles_are_found_among_what_ships(base, files, tmp_path, monkeypatch):
 
     assert roles("d") == {"main": "d", "answers": "a-answers", "embedding": "c-emb"}
     assert roles("a-answers") == {"main": "a-answers", "answers": "a-answers", "embedding": "c-emb"}
+    tiny.make_icae(base).save_pretrained(tmp_path / "a-answers" / "checkpoint-3")
+    assert roles("a-answers/checkpoint-3")["answers"] == "checkpoint-3"
+    (tmp_path / "d" / "train_config.json").unlink()  # from the Hub, say
+    assert roles("d")["answers"] == "d"
 
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "ablations"

@@ -222,6 +222,19 @@ def test_all_triples_of_a_text_are_on_one_side_and_each_is_there_once(tmp_path):
     assert counts["triples"] == 2 * len(sides[0]) and counts["test"] == 2 * len(sides[1])
 
 
+def test_a_test_passage_shares_no_paragraph_with_one_that_is_learned(tmp_path):
+    paragraphs = [f"{i} {LINES[0]} {LINES[1]} {LINES[2]}" for i in range(40)]
+    assert min(map(len, paragraphs)) >= 80
+    said = [Said("specific", "Which?", "harbour lamp window", True)]
+    for step in (1, 2):  # the same pages, cut otherwise
+        texts = ["\n".join(paragraphs[i : i + step]) for i in range(0, 40, step)]
+        counts = build(texts, tmp_path / "t.jsonl", Scripted(said=lambda _: said), test_share=0.3)
+    learned, tests = (load_triples(str(tmp_path / name)) for name in ("t.jsonl", "t.test.jsonl"))
+    seen = {p for t in learned for p in t.context.split("\n")}
+    assert tests and not any(p in seen for t in tests for p in t.context.split("\n"))
+    assert counts["refused"]["in training"] > 0 and counts["triples"] + counts["test"] + sum(counts["refused"].values()) == 60
+
+
 def test_an_answer_that_suits_everything_is_taken_only_so_often(tmp_path):
     texts = [f"{i} {LINES[0]}" for i in range(30)]
     counts = build(texts, tmp_path / "t.jsonl", Scripted(said=lambda _: [Said("specific", "What?", "A lamp.", True)]))

@@ -35,6 +35,18 @@ def test_every_side_is_asked_what_its_name_says(base, kind):
     assert {f"{m}_{side}" for m in ("f1", "rouge1") for side in SIDES} <= results.keys()
 
 
+def test_what_no_side_could_read_whole_is_left_out_and_counted(base):
+    model, long = make_icae(base), Triple(" ".join(LINES * 40), "Question?", "bell", ("bell",))
+    results, rows = qa(model, [*TRIPLES[:2], long], sides=["text", "slots"], max_new_tokens=2)
+    assert (results["n"], results["left_out"]) == (2, 1) and [r["prompt"] for r in rows] == [t.prompt for t in TRIPLES[:2]]
+    assert qa(model, [TRIPLES[0], long], sides=["slots"], max_new_tokens=2)[0]["left_out"] == 1
+    focused = make_icae(base, focus=2)
+    assert qa(focused, [TRIPLES[0], long], sides=["slots"], max_new_tokens=2)[0]["left_out"] == 0
+    with pytest.raises(ICAEError) as error:
+        qa(model, [long], sides=["text"], max_new_tokens=2)
+    one_line(error.value, "positions")
+
+
 def test_differences_are_paired(base, monkeypatch):
     """Two sides whose questions differ by the same amount have a difference without spread, however their means spread."""
     model = make_icae(base)

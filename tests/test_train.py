@@ -242,6 +242,37 @@ def test_a_run_that_goes_on_takes_the_rates_that_it_is_told(settings, config):
     assert [row["learning_rate"] for row in history(folder) if "loss" in row][-2:] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("kind", ["kv"])
+def test_a_run_that_goes_on_says_what_is_otherwise_and_takes_it(settings, config, kind, capsys):
+    train(settings, config, optimizer="adamw")
+    capsys.readouterr()
+    folder = train(settings, config, optimizer="adamw", steps=10, weight_decay=0.5, adam_beta2=0.7)
+    said = capsys.readouterr().err
+    assert "steps 8 -> 10" in said and "weight_decay 0.0 -> 0.5" in said and "adam_beta2 0.98 -> 0.7" in said
+    state = torch.load(folder / "checkpoint-10" / "optimizer.pt", weights_only=True)
+    assert {(g["weight_decay"], tuple(g["betas"])) for g in state["param_groups"]} == {(0.5, (0.9, 0.7))}
+    with pytest.raises(ICAEError) as error:
+        train(settings, config, steps=12, optimizer="muon")
+    one_line(error.value, "optimizer=adamw")
+    assert json.loads((folder / "train_config.json").read_text())["optimizer"] == "adamw"
+
+
+@pytest.mark.parametrize("kind", ["kv"])
+@pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_one_line(settings, config, kind, file):
+    folder = train(settings, config)
+    (folder / "checkpoint-8" / file).write_bytes(b"{damaged")
+    with pytest.raises(ICAEError) as error:
+        train(settings, config, steps=10)
+    one_line(error.value, "checkpoint-8", "damaged")
+
+
+@pytest.mark.parametrize("kind", ["kv"])
+def test_the_same_base_by_another_path_is_the_same(settings, config, kind, base_folder):
+    train(settings, config)
+    train(settings, {**config, "base": str(base_folder.parent / "." / ".." / base_folder.parent.name / base_folder.name)}, steps=9)
+
+
 def test_an_adapter_goes_on_with_its_own_shape(finished, base, kind):
     for name, value in {"lora_rank": 8, "marker_length": 1, "lora_targets": ["q_proj"]}.items():
         with pytest.raises(ICAEError) as error:
@@ -352,13 +383,25 @@ def test_minutes_end_a_run_and_its_schedule_before_its_steps_do(settings, config
     assert rates[-1] < 0.3 * max(rates)
 
 
-def test_a_run_taken_up_again_has_only_the_minutes_that_are_left(settings, config):
-    folder = train(settings, config, steps=10**6, minutes=0.05, save_steps=10**6, log_steps=1)
-    before = history(folder)[-1]["step"]
-    train(settings, config, steps=10**6, minutes=0.05, save_steps=10**6, log_steps=1)  # nothing is left but the step under way
-    after = [row for row in history(folder) if row["step"] > before and "loss" in row]
-    assert len(after) == 1
-    assert after[0]["learning_rate"] < 0.1 * settings["learning_rate"]
+@pytest.mark.parametrize("kind", ["kv"])
+def test_a_run_whose_minutes_are_over_is_left_as_it_is(settings, config, kind):
+    more = {"steps": 10**6, "minutes": 0.05, "save_steps": 10**6, "log_steps": 3}
+    folder = train(settings, config, **more)
+    before, adapter = history(folder)[-1], tensors(folder)
+    assert before["minutes"] >= 0.05 and (folder / f"checkpoint-{before['step']}").is_dir()
+    train(settings, config, **more)
+    assert history(folder)[-1]["step"] == before["step"]
+    assert all(torch.equal(t, adapter[name]) for name, t in tensors(folder).items())
+
+
+@pytest.mark.parametrize("kind", ["kv"])
+def test_a_run_taken_up_again_has_only_the_minutes_that_are_left(settings, config, kind):
+    more = {"steps": 10**6, "save_steps": 10**6, "log_steps": 1}
+    folder = train(settings, config, minutes=0.03, **more)
+    before = history(folder)[-1]["minutes"]
+    train(settings, config, minutes=0.06, **more)
+    assert before < 0.06 <= history(folder)[-1]["minutes"] < before + 0.06
+    assert [row["learning_rate"] for row in history(folder) if "loss" in row][-1] < 0.1 * settings["learning_rate"]
 
 
 TOGETHER = """

@@ -177,6 +177,30 @@ def test_json_of_another_form_is_refused(tmp_path, text):
     refused(lambda: load_triples(str(tmp_path / "s.json")), "s.json", "SQuAD")
 
 
+@pytest.mark.parametrize("field", ["input", "prompt", "answer", "answers"])
+def test_half_characters_are_bad_rows_named_by_their_line(tmp_path, field):
+    bad = {**GOOD, field: ["x", "half \ud83d"] if field == "answers" else "half \ud83d"}
+    path = rows_to_jsonl(tmp_path / "t.jsonl", [GOOD, json.dumps(bad)])
+    (note,) = read_triples(path).bad
+    assert "line 2" in note and "half" in note
+
+
+def test_empty_answers_beside_others_do_not_count_as_right(tmp_path):
+    (found,) = load_triples(rows_to_jsonl(tmp_path / "t.jsonl", [{**GOOD, "answers": ["", " ", "green"]}]))
+    assert found.answers == ("green",)
+
+
+def test_a_response_is_cut_to_the_positions_that_are_left(base):
+    room = base.max_positions - 8
+    context = " ".join(LINES * 40)
+    while len(base.encode(context)) > room - 60:
+        context = context[: int(len(context) * 0.99)]
+    row = Triple(context, "What?", " ".join(LINES * 10), ("",))
+    (e,) = (Triples([Pool([row])], base, CONFIG, TrainConfig(objective="instruct", response_length=256))[i] for i in range(1))
+    used = sum(map(len, e.segments)) + CONFIG.marker_length + len(e.prompt) + len(e.target)
+    assert used == base.max_positions and e.target
+
+
 def test_a_squad_question_without_an_answer_is_named_by_its_id(tmp_path):
     qas = [{"id": f"q{i}", "question": "What?", "answers": [{"text": "green"}] if i != 7 else []} for i in range(20)]
     (tmp_path / "s.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "The door.", "qas": qas}]}]}))

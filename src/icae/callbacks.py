@@ -37,9 +37,14 @@ class Clock(TrainerCallback):
             self.step = agreed(self._step(self._before + (time.monotonic() - self._begin) / 60), args.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop, with a checkpoint, where the minutes are over."""
-        if self.minutes is not None and self.step == self.steps:
-            control.should_save = control.should_training_stop = True
+        """Stop, with a line of the log and a checkpoint, where the minutes are over."""
+        if self.over:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    @property
+    def over(self) -> bool:
+        """Whether the minutes are."""
+        return self.minutes is not None and self.step == self.steps
 
     def _step(self, minutes: float) -> int:
         return 0 if self.minutes is None else min(self.steps, int(self.steps * minutes / self.minutes))
@@ -68,7 +73,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop, with a checkpoint, where that was asked for, of whichever process."""
         if agreed(self.asked, args.device):
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
 
     def give_back(self) -> None:
         """Give Ctrl-C back, however the run ended."""

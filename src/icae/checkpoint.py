@@ -119,7 +119,7 @@ def load_weights(model: ICAE, folder: Path, *, fresh: tuple[str, ...] = ()) -> N
         if memory:
             raise ValueError(f"it holds {', '.join(memory)} besides")
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ICAEError(f"checkpoint {folder} does not fit its own config.json: {str(error).splitlines()[0]}") from error
+        raise ICAEError(f"checkpoint {folder} does not fit the config that it is read with: {str(error).splitlines()[0]}") from error
     model.forget_hash()
 
 

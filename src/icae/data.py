@@ -54,6 +54,14 @@ def decoded(data: bytes, source: str) -> str:
         raise ICAEError(f"{source} is not a text in UTF-8 ({error}); convert it to plain text first") from error
 
 
+def check_whole(text: str) -> None:
+    """Refuse, by ValueError, a text with half characters in it, as JSON can spell them: no tokenizer and no file takes these."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start + 1} of a text is half of one") from None
+
+
 def documents(source: str, text_field: str = "text") -> Iterator[str]:
     """Yield the documents of a folder of .txt, a .txt or .jsonl file, or a Hub data set (streamed, split `train`).
 
@@ -62,6 +70,8 @@ def documents(source: str, text_field: str = "text") -> Iterator[str]:
     ICAEError
         If there is nothing there, or a line of a .jsonl is no object with a text.
     """
+    if not source:
+        raise ICAEError("the source is empty; name a folder of .txt, a .txt or .jsonl file, or a Hub data set")
     path = Path(source)
     if path.is_dir():
         files = sorted(path.rglob("*.txt"))
@@ -71,6 +81,8 @@ def documents(source: str, text_field: str = "text") -> Iterator[str]:
             yield read_text(file)
     elif path.suffix == ".jsonl":
         for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):  # a line may hold other separators
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 text = row[text_field] if text_field in row else row["input"]
@@ -78,7 +90,13 @@ def documents(source: str, text_field: str = "text") -> Iterator[str]:
                     raise TypeError("no text")
             except (ValueError, KeyError, TypeError) as error:
                 raise ICAEError(f"{source}, line {number}: no JSON object with a field {text_field!r}") from error
+            try:
+                check_whole(text)
+            except ValueError as error:
+                raise ICAEError(f"{source}, line {number}: {error}") from error
             yield text
+    elif path.suffix == ".json" and path.is_file():
+        raise ICAEError(f"{source} is JSON, not text: give a .jsonl, a JSON object with a field {text_field!r} on every line, or .txt")
     elif path.is_file():
         yield read_text(path)
     elif path.suffix or source.startswith((".", "/")) or source.count("/") > 1:
@@ -154,9 +172,7 @@ def load_texts(source: str | list[str] | dict[str, float], base: Base, max_token
 
 def load_corpus(source: str, base: Base, max_tokens: int | None = None) -> Corpus:
     """Tokenise a source once, and keep its ids in the cache folder, memory-mapped at later loads."""
-    key = hashlib.sha256(json.dumps([2, _state(source), base.fingerprint, max_tokens, base.tokenizer.name_or_path]).encode()).hexdigest()[
-        :32
-    ]
+    key = hashlib.sha256(json.dumps([3, _state(source), base.vocabulary_hash, max_tokens]).encode()).hexdigest()[:32]
     folder = cache_folder() / "corpora" / key
     if not (folder / "starts.npy").exists():
         if max_tokens is None and not Path(source).exists():
@@ -196,8 +212,14 @@ class Windows(Dataset):
     def __init__(self, corpus: Corpus | Mixture, base: Base, config: ICAEConfig, train: TrainConfig, *, processes: int = 1):
         self.corpus, self.base, self.config, self.train = corpus, base, config, train
         self.samples_a_step = train.batch_size * train.accumulation * processes
-        longest = max(self._extent(*train.window(int(step))) for step, *_ in train.windows)
-        corpus.window(np.random.default_rng(), longest)  # what would fail in the middle of a run is refused at its start
+        for step, *_ in train.windows:  # what would fail in the middle of a run is refused at its start
+            length, segments = train.window(step)
+            corpus.window(np.random.default_rng(), self._extent(length, segments))
+            longest = max(2 * length * bool(train.autoencoding_share), self._extent(length, segments)) + config.marker_length
+            if longest > base.max_positions:
+                raise ICAEError(
+                    f"window [{step}, {length}, {segments}] takes {longest} positions of {base.name}, which has {base.max_positions}"
+                )
 
     def _extent(self, length: int, segments: int) -> int:
         """Return the tokens that a sample takes at most."""

@@ -59,9 +59,17 @@ def build(
 
     if out.suffix != ".jsonl":
         raise ICAEError(f"{out} must end in .jsonl")
-    for name, value in (("texts", texts), ("least", least), ("prompts", prompts), ("together", together)):
+    for name, value in (
+        ("texts", texts),
+        ("least", least),
+        ("prompts", prompts),
+        ("together", together),
+        ("answer_tokens", answer_tokens),
+    ):
         if value < 1:
             raise ICAEError(f"{name} must be at least 1, got {value}")
+    if temperature is not None and not temperature >= 0:
+        raise ICAEError(f"temperature must be at least 0, got {temperature}")
     wanted = [] if kinds is None else kinds_of(kinds)
     if not 0 <= test_share <= 1:
         raise ICAEError(f"test_share is a share, 0 to 1, got {test_share}")

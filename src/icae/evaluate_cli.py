@@ -242,8 +242,8 @@ def _evaluate_qa(
     for path in (responses, save):
         if path is not None:
             make_room(path)
-    every = load_triples(data)
     icae = load_model(**loading)
+    every = load_triples(data, icae.base)
     with progress("asking", "questions") as tick:
         if name != "qa":  # the others also draw what stands around a context
             settings["seed"] = seed

@@ -52,8 +52,9 @@ def qa(
     Returns
     -------
     dict
-        `n`, `budget` (mean slots a context); for each side `f1_*` and `rouge1_*` (means, best over the answers) and `f1_*_interval`;
-        for each other side `f1_slots_minus_*` and its interval, paired; intervals are bootstrap 95%.
+        `n`, `left_out` (questions with too long a context for a side), `budget` (mean slots a context); for each
+        side `f1_*` and `rouge1_*` (means, best over the answers) and `f1_*_interval`; for each other side `f1_slots_minus_*` and its
+        interval, paired; intervals are bootstrap 95%.
     list of dict
         One row a question: `prompt`, `answers`, and each side's response.
 
@@ -64,7 +65,12 @@ def qa(
     """
     if not sides or not set(sides) <= {*SIDES, *MORE_SIDES}:
         raise ICAEError(f"sides must be some of {', '.join([*SIDES, *MORE_SIDES])}, got {', '.join(sides)}")
-    base = model.base
+    base, asked_for = model.base, len(triples)
+    triples = [t for t in triples if _positions(model, t, sides) + max_new_tokens <= base.max_positions]
+    if not triples:
+        raise ICAEError(
+            f"no context leaves room for an answer of {max_new_tokens} tokens among the {base.max_positions} positions of {base.name}"
+        )
     rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
     counts: list[int] = []
     for chosen in _batches([len(t.context) for t in triples], batch_size):
@@ -95,7 +101,7 @@ def qa(
                 rows[i][side] = response
         if progress is not None:
             progress(sum(sides[-1] in row for row in rows), len(rows))
-    results: dict[str, Any] = {"n": len(rows)} | ({"budget": float(np.mean(counts))} if counts else {})
+    results: dict[str, Any] = {"n": len(rows), "left_out": asked_for - len(rows)} | ({"budget": float(np.mean(counts))} if counts else {})
     return results | _figures(rows, triples, sides), rows
 
 
@@ -235,6 +241,19 @@ def places(
         found = [results[f"f1_{side}_{place}"] for place in PLACES]
         results[f"worst_over_best_{side}"] = min(found) / max(*found, 1e-9)
     return results, rows
+
+
+def _positions(model: ICAE, t: Triple, sides: Sequence[str]) -> int:
+    """Return the positions that the longest of some sides takes before its answer."""
+    longest = 0
+    if {"text", "text_grounded"} & set(sides):
+        longest = len(model.base.prompted(full_text(t.context, t.prompt)))
+    if any(side.startswith("slots") for side in sides):
+        read = len(model.base.encode(t.context))
+        if model.config.focus:
+            read = min(read, model.config.focus * model.config.segment_length)
+        longest = max(longest, read + model.config.marker_length + len(model.base.prompted(t.prompt, alone=False)))
+    return longest
 
 
 def drawn(triples: Sequence[Triple], samples: int | None, seed: int) -> list[Triple]:

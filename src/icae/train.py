@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainerState, TrainingArguments, get_scheduler
 
-from icae.atomic import write_atomically
+from icae.atomic import make_room, write_atomically
 from icae.base import Base, check_device, load_base
 from icae.callbacks import Clock, StopOnInterrupt
 from icae.checkpoint import find_checkpoint, load_weights, read_config
@@ -64,6 +66,7 @@ def train(train: TrainConfig, model_config: ICAEConfig, *, resume: bool = True, 
 def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samples: Any, held_out: Any, *, resume: bool) -> Path:
     """Run the loop over samples, and return the folder that holds what was learned; errors as for `train`."""
     output = Path(train.output)
+    make_room(output / _SETTINGS)
     optimizer = _optimizer(trainee.trained(), train)
     clock, interrupt = Clock(train), StopOnInterrupt()
     module: Any = trainee
@@ -82,18 +85,39 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     if last is not None:
         trainee.check(Path(last))
         clock.go_on(trainer.go_on_counting(Path(last)))
+        _tell_changes(output / _SETTINGS, train, quiet=not arguments.should_save)
     if arguments.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / "train_config.json", (json.dumps(train.to_dict(), indent=2) + "\n").encode())
-    try:
-        with fast_linear():
-            trainer.train(resume_from_checkpoint=last)
-    finally:
-        interrupt.give_back()
+        write_atomically(output / _SETTINGS, (json.dumps(train.to_dict(), indent=2) + "\n").encode())
+    if last is not None and clock.over:  # Trainer would take a step before it looks
+        trainee.load(Path(last))
+        trainer.state = TrainerState.load_from_json(str(Path(last) / "trainer_state.json"))
+    else:
+        try:
+            with fast_linear():
+                trainer.train(resume_from_checkpoint=last)
+        finally:
+            interrupt.give_back()
     if trainer.is_world_process_zero():
         trainee.save(output)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
     return output
+
+
+_SETTINGS = "train_config.json"
+
+
+def _tell_changes(note: Path, train: TrainConfig, *, quiet: bool) -> None:
+    """Say with which other settings a run goes on than it had; refuse what its optimizer's state does not allow."""
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    changed = {name: (before[name], value) for name, value in train.to_dict().items() if name in before and before[name] != value}
+    if "optimizer" in changed:
+        raise ICAEError(f"{note.parent} was begun with optimizer={before['optimizer']}; keep that, or name another output")
+    if changed and not quiet:
+        told = ", ".join(f"{name} {was!r} -> {now!r}" for name, (was, now) in changed.items())
+        print(f"going on with other settings than before: {told}", file=sys.stderr)
 
 
 def starting_config(init: str | None, settings: dict[str, Any]) -> ICAEConfig:
@@ -177,7 +201,8 @@ class Trainee(nn.Module):
     def check(self, folder: Path) -> None:
         """Refuse to go on from a checkpoint of another shape."""
         new = self.icae.config.to_dict()
-        other = [name for name, value in read_config(folder).to_dict().items() if value != new[name]]
+        old = read_config(folder).to_dict()
+        other = [name for name, value in old.items() if value != new[name] and name != "base"]  # that one is known by its fingerprint
         if other:
             raise ICAEError(f"{folder} was made with another {', '.join(other)}; name another output, or use the same settings")
 
@@ -203,11 +228,14 @@ class ICAETrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Write a line of the log, with what the run has cost so far: context tokens and minutes."""
         minutes = self._before + (time.monotonic() - (self._begin or time.monotonic())) / 60
-        super().log({**logs, "context_tokens": self.context_tokens, "minutes": round(minutes, 2)}, *args, **kwargs)
+        super().log({**logs, "context_tokens": self.context_tokens, "minutes": round(minutes, 6)}, *args, **kwargs)
 
     def go_on_counting(self, checkpoint: Path) -> float:
         """Take up the counts of a checkpoint's last line in the log, and return its minutes; those of the updates behind it are lost."""
-        lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        try:
+            lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(checkpoint) from error
         if lines:
             self.context_tokens, self._before = lines[-1].get("context_tokens", 0), lines[-1].get("minutes", 0.0)
         return self._before
@@ -231,14 +259,18 @@ class ICAETrainer(Trainer):
         self.model.save(Path(output_dir or self.args.output_dir or "."))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Take up the optimizer's state, at the learning rates that this run is told."""
+        """Take up the optimizer's state, with the learning rates, betas and weight decay that this run is told."""
         rates = list(self.lr_scheduler.base_lrs)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        told = [{name: group[name] for name in ("betas", "weight_decay")} for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (RuntimeError, ValueError, KeyError, EOFError, OSError, UnpicklingError) as error:
+            raise _damaged(Path(str(checkpoint))) from error
         if checkpoint is not None:
             factor = self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
             self.lr_scheduler.base_lrs, self.lr_scheduler._last_lr = rates, [rate * factor for rate in rates]
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group |= {"initial_lr": rate, "lr": rate * factor}
+            for group, rate, other in zip(self.optimizer.param_groups, rates, told, strict=True):
+                group |= {"initial_lr": rate, "lr": rate * factor, **other}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load(Path(resume_from_checkpoint))
@@ -257,7 +289,15 @@ def _left_on_the_cpu(loader: Any) -> Any:
 def _last_checkpoint(output: Path) -> str | None:
     """Return the newest whole checkpoint: one without trainer_state.json, which is written last, was cut short."""
     whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2]))) if whole else None
+    return str(max(whole, key=_step_of)) if whole else None
+
+
+def _step_of(checkpoint: str | Path) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
+
+
+def _damaged(checkpoint: Path) -> ICAEError:
+    return ICAEError(f"{checkpoint} is damaged; remove it, and the run goes on from the checkpoint before")
 
 
 def make_data(train: TrainConfig, base: Base, config: ICAEConfig, processes: int) -> tuple[Any, Any]:
@@ -269,7 +309,7 @@ def make_data(train: TrainConfig, base: Base, config: ICAEConfig, processes: int
     if train.objective == "pretrain":
         held_out = None if train.held_out is None else HeldOut(windows(train.held_out), train.eval_samples)
         return windows(train.train), held_out
-    limits = {"least": config.ratio, "most": train.context_length}
+    limits = {"least": config.ratio, "most": min(train.context_length or base.max_positions, base.max_positions)}
     replay = windows(train.replay) if train.replay and train.pretrain_share else None
     samples = Triples(load_pools(train.train, base, **limits), base, config, train, replay, processes=processes)
     if train.held_out is None:
@@ -295,7 +335,10 @@ def _optimizer(trained: dict[str, torch.Tensor], train: TrainConfig) -> torch.op
 
 def _schedule(optimizer: torch.optim.Optimizer, train: TrainConfig, clock: Clock) -> torch.optim.lr_scheduler.LambdaLR:
     """Return the named schedule, each step of it times the factor that is in force there; the clock may be ahead of the steps."""
-    named: Any = get_scheduler(train.schedule, optimizer, train.warmup_steps, train.steps).lr_lambdas[0]  # type: ignore[attr-defined]
+    try:
+        named: Any = get_scheduler(train.schedule, optimizer, train.warmup_steps, train.steps).lr_lambdas[0]  # type: ignore[attr-defined]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ICAEError(f"schedule {train.schedule!r} is none of transformers' that follow steps alone; try cosine or linear") from error
 
     def factor(step: int) -> float:
         return [f for start, f in train.rate_factors if start <= step][-1]

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from icae.base import Base
 from icae.chat import chat_prompt, chat_response, full_text
 from icae.config import ICAEConfig, TrainConfig
-from icae.data import Windows, drawn_ratio, takes
+from icae.data import Windows, check_whole, drawn_ratio, takes
 from icae.errors import ICAEError
 from icae.objectives import Example, instruction, pieces
 
@@ -65,11 +65,12 @@ def load_triples(source: str, base: Base | None = None, *, least: int = 2, most:
     """
     found = read_triples(source, base, least=least, most=most)
     if not found.usable:
-        if found.bad:
+        if found.bad and (found.good or not found.long):
             lines = f"{len(found.bad)} of {found.rows} lines of {source}"
             raise ICAEError(f"{lines} are no triples of input, prompt, answer; first: {found.bad[0]}")
         if found.long:
-            raise ICAEError(f"all {found.long} contexts of {source} have more than {most} tokens; raise context_length, or cut them")
+            all_good = f"all {found.long} contexts of {source}" + (f" but {len(found.bad)} bad ones" if found.bad else "")
+            raise ICAEError(f"{all_good} have more than {most} tokens; raise context_length, or cut them")
         raise ICAEError(f"{source} holds no triples; give lines with input, prompt and answer")
     for note in found.bad:
         print(f"skipped {note}", file=sys.stderr)
@@ -170,6 +171,8 @@ class Pool:
 
 def _rows(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield each row's place in words, and what reads it; reading may raise ValueError, KeyError or TypeError."""
+    if not source:
+        raise ICAEError("the source is empty; name a .jsonl of triples, SQuAD's .json, or a Hub name")
     path = Path(source)
     if path.suffix not in (".json", ".jsonl") and not path.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
         yield from _hub(source)
@@ -231,7 +234,9 @@ def _triple(row: Any) -> Triple:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise ValueError("answers is no list of texts")
-    return Triple(context, prompt, answer, tuple(answers), str(row.get("teacher", "")))
+    for text in (*fields, *answers):
+        check_whole(text)
+    return Triple(context, prompt, answer, tuple(a for a in answers if a.strip()) or (answer,), str(row.get("teacher", "")))
 
 
 class Triples(Dataset):
@@ -270,7 +275,11 @@ class Triples(Dataset):
         drawn = drawn_ratio(t, index // self.samples_a_step)
         ratio = drawn or self.config.ratio
         example = instruction(encode(triple.context), prompt, response, self.config.segment_length, ratio)
-        room = self.base.max_positions - len(prompt) - len(response) - self.config.marker_length
+        room = self.base.max_positions - len(prompt) - sum(map(len, example.segments)) - self.config.marker_length
+        if room < 1:
+            raise ICAEError(f"a context and its prompt leave no position for a response: {triple.prompt[:60]!r}; lower context_length")
+        response, room = response[:room], room - len(response)
+        example = replace(example, target=response)
         teacher: list[int] = []
         if t.distil or t.align:
             teacher = self.base.prompted(full_text(triple.context, triple.prompt))
@@ -311,7 +320,6 @@ class Triples(Dataset):
         others += [pool[int(i)].context for i in chance.integers(len(pool), size=t.distractors)]
         wanted = int(chance.integers(1, t.distractors + 1))
         documents: list[list[list[int]]] = []
-        room -= sum(map(len, own))
         for context in dict.fromkeys(c for c in others if c != triple.context):
             document = self.base.encode(context)
             if len(documents) < wanted and len(document) <= room:

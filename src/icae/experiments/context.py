@@ -238,7 +238,8 @@ def open_context(
     Parameters
     ----------
     model, embedding, answers : str, optional
-        Checkpoints of the roles; none: what ships for the base (the default adapter, one of the other kind, one fine-tuned to answer).
+        Checkpoints of the roles; none: what ships for the base (the default adapter, one of the other kind, one fine-tuned to answer);
+        a `model` that was fine-tuned, or that nothing is known of, answers for itself.
     base : str, optional
         Name of the base; none: the one that `model` names.
     device, dtype
@@ -263,7 +264,7 @@ def open_context(
         raise ICAEError(f"no adapter ships for base {loaded.name!r}; train one (`icae pretrain`) and give --model FOLDER")
     checkpoints = {"main": main}
     given = {"embedding": embedding, "answers": answers}
-    if _tuned(main):
+    if _tuned(main, unknown=model is not None):
         checkpoints["answers"] = main
     for role, folder in _shipped(loaded.fingerprint, config.kind).items():
         checkpoints.setdefault(role, folder)
@@ -288,7 +289,8 @@ def _shipped(fingerprint: str, kind: str) -> dict[str, Path]:
     return found
 
 
-def _tuned(folder: Path) -> bool:
-    """Tell whether an adapter was fine-tuned to answer."""
-    note = folder / "train_config.json"
-    return note.exists() and json.loads(note.read_text(encoding="utf-8")).get("objective") == "instruct"
+def _tuned(folder: Path, *, unknown: bool = False) -> bool:
+    """Tell whether an adapter was fine-tuned to answer; `unknown` where nothing says how it was trained."""
+    run = folder.parent if folder.name.startswith("checkpoint-") else folder
+    note = run / "train_config.json"
+    return json.loads(note.read_text(encoding="utf-8")).get("objective") == "instruct" if note.exists() else unknown

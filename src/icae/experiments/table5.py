@@ -37,7 +37,7 @@ def run(context: Context, *, samples: int = 100, context_tokens: int = 384, max_
     def ask(of: ICAE, ratio: int | None = None) -> Side:
         return ask_slots(context, of, triples, max_new_tokens=max_new_tokens, ratio=ratio)
 
-    for ratio in RATIOS:
+    for ratio in (r for r in RATIOS if r != own):
         pair = f"{own}x against {ratio}x"
         rows.append(versus(context, "table5", pair, triples, ask(model), ask(model, ratio), notes) if triples else missing(pair))
     rows += _ablated(context, triples, ask, notes)

@@ -28,6 +28,10 @@ _MOST_ALIKE = 20
 """Times that one and the same answer is taken, over all texts: more often it says nothing about any."""
 
 
+_TELLING = 80
+"""Characters from which on a paragraph tells where a passage comes from."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may be spent; none: no limit. Requests (texts asked about) and tokens count over all runs into a file, minutes over this one."""
@@ -147,12 +151,18 @@ class Ledger:
         self._known.add((teacher, digest(text)))
 
 
+def _paragraphs(text: str) -> set[str]:
+    """Return a passage's paragraphs, but for such short ones as stand anywhere."""
+    return {p for p in text.split("\n") if len(p) >= _TELLING}
+
+
 def write(ledger: Ledger, out: Path, test_share: float) -> dict[str, Any]:
     """Write the triples of all replies that pass the filters, each prompt of a text once; returns counts."""
     refused: Counter[str] = Counter()
     alike: Counter[str] = Counter()
     seen: set[tuple[str, str]] = set()
     lines: dict[bool, list[str]] = {False: [], True: []}
+    learned = {p for row in ledger.rows if not is_test(row["text"], test_share) for p in _paragraphs(row["text"])}
     for row in ledger.rows:
         if not row["said"]:
             refused["unreadable"] += 1
@@ -160,6 +170,9 @@ def write(ledger: Ledger, out: Path, test_share: float) -> dict[str, Any]:
             prompt, answer = said["prompt"].strip(), said["answer"].strip()
             key, words = (digest(row["text"]), " ".join(prompt.lower().split())), " ".join(answer.lower().split())
             reason = refusal(row["text"], said["kind"], prompt, answer, said["ended"])
+            tests = is_test(row["text"], test_share)
+            if reason is None and tests and learned & _paragraphs(row["text"]):
+                reason = "in training"  # builds of other lengths cut the same pages otherwise
             if reason is None and (key in seen or alike[words] >= _MOST_ALIKE):
                 reason = "duplicate"
             if reason is not None:
@@ -168,7 +181,7 @@ def write(ledger: Ledger, out: Path, test_share: float) -> dict[str, Any]:
             seen.add(key)
             alike[words] += 1
             triple = {"input": row["text"], "prompt": prompt, "answer": answer, "kind": said["kind"], "teacher": row["teacher"]}
-            lines[is_test(row["text"], test_share)].append(json.dumps(triple, ensure_ascii=False) + "\n")
+            lines[tests].append(json.dumps(triple, ensure_ascii=False) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_together({out: "".join(lines[False]).encode(), out.with_suffix(".test.jsonl"): "".join(lines[True]).encode()})
     counts = {"texts": ledger.requests, "tokens": ledger.tokens}

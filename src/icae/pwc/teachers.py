@@ -89,7 +89,10 @@ class BaseTeacher:
         self.base, self.decoder, self.kinds = base, Decoder(base), tuple(kinds)
         self.prompts = min(prompts, offered(kinds))
         self.max_tokens, self.temperature, self.seed, self.together = max_tokens, temperature, seed, together
-        self.name = f"{base.byline}, {prompts} prompts, temperature {temperature:g}" + (f", {' '.join(kinds)}" if kinds else "")
+        drawn = f" (seed {seed})" if temperature else ""
+        self.name = f"{base.byline}, {prompts} prompts of {max_tokens} tokens, temperature {temperature:g}{drawn}" + (
+            f", {' '.join(kinds)}" if kinds else ""
+        )
 
     def most(self, text: str) -> int:
         """Return the tokens that asking about a text may cost at most."""
