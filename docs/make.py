@@ -88,7 +88,7 @@ def results_table(checkpoint: str | None = None) -> str:
 
 def _commit(report: dict[str, Any]) -> str:
     """Return a report's commit, and whether it is of an adapter that ships no more, or of kv slots that were polished at other rates."""
-    from icae.polish import RATES
+    from icae.config import POLISH_RATES
 
     folder = ROOT / "src/icae/adapters" / report["checkpoint"]
     if not folder.exists():
@@ -96,7 +96,7 @@ def _commit(report: dict[str, Any]) -> str:
     if json.loads((folder / "trainer_state.json").read_text())["adapter"] != report["adapter"]:
         return f"{report['commit']} (of an adapter before)"
     kind = json.loads((folder / "config.json").read_text())["kind"]
-    same = kind == "embedding" or report.get("polish_rates") == RATES
+    same = kind == "embedding" or report.get("polish_rates") == POLISH_RATES
     return report["commit"] if same else f"{report['commit']} (polished at other rates)"
 
 

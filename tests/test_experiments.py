@@ -519,4 +519,10 @@ def test_figures_and_tables_know_no_model():
             a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
         }
         assert not {n for n in names if n.split(".")[0] in ("torch", "transformers", "peft")}
-        assert {n for n in names if n.startswith("icae")} <= {"icae.errors", "icae.experiments", "icae.experiments.table", "icae.metrics"}
+        assert {n for n in names if n.startswith("icae")} <= {
+            "icae.config",
+            "icae.errors",
+            "icae.experiments",
+            "icae.experiments.table",
+            "icae.metrics",
+        }

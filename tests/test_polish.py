@@ -3,6 +3,7 @@ import torch
 from tiny import make_icae, random_ids
 
 from icae import polish as room
+from icae.config import POLISH_RATES
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker
 from icae.polish import polishing
@@ -81,7 +82,7 @@ def test_a_number_moves_no_further_than_its_rate(model):
         layers = [tensor[:, i] for i in range(tensor.shape[1])] if tensor.ndim > 2 else [tensor]
         moved = [done.tensors[name][:, i] for i in range(tensor.shape[1])] if tensor.ndim > 2 else [done.tensors[name]]
         for a, b in zip(layers, moved, strict=True):
-            assert 0 < float((a - b).abs().max()) <= 1.001 * room.RATES[name] * float(a.pow(2).mean().sqrt())
+            assert 0 < float((a - b).abs().max()) <= 1.001 * POLISH_RATES[name] * float(a.pow(2).mean().sqrt())
 
 
 def test_a_segment_s_slots_do_not_depend_on_its_neighbours(model, monkeypatch):
@@ -112,7 +113,7 @@ def test_polished_slots_are_those_of_their_text_still(base):
     model = make_icae(base, kind="kv", stirred=0.05, segment_length=24)
     (ids,) = random_ids(40)
     wrong = [ids[0], ids[2], ids[1], *ids[3:]]
-    moved = (room.RATES["keys"] ** 2 + room.RATES["values"] ** 2) / 2
+    moved = (POLISH_RATES["keys"] ** 2 + POLISH_RATES["values"] ** 2) / 2
     (slots,) = model.compress_ids([ids], polish=1)
     first, second = (s.tokens for s in slots.segments)
     (refined,) = model.refine_ids([slots], [[ids[:first], ids[first:]]])

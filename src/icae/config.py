@@ -29,6 +29,9 @@ OBJECTIVES = ("pretrain", "instruct")
 OPTIMIZERS = ("muon", "adamw")
 
 
+POLISH_RATES = {"keys": 0.015, "values": 0.06, "embeddings": 0.03}
+"""How far a number of a slot's tensor moves at a step of polishing, at most, in root mean squares of its layer: at 4x; elsewhere by the
+root of the ratio."""
 MOST_BEGINNINGS = 8
 """Rows that one answer may take."""
 

@@ -4,9 +4,9 @@
 
 The encoder writes slots in one pass, by one function for all texts; a step on the slots is for this text alone (semi-amortized
 inference, arXiv 1802.02550; vectors optimised for one text: arXiv 2502.13063). Adam (arXiv 1412.6980) takes it, in units of each layer's
-own size: at the first step a number moves by up to its share of that (`RATES`), in the direction that lowers the loss. Values, which say
-what stands in a text, move further than keys, which say where it is found: then answers and what follows get likelier, too. Only the slots
-change: no weight, no length, and nothing that reads them.
+own size: at the first step a number moves by up to its share of that (`POLISH_RATES`), in the direction that lowers the loss. Values,
+which say what stands in a text, move further than keys, which say where it is found: then answers and what follows get likelier, too. Only
+the slots change: no weight, no length, and nothing that reads them.
 
 It costs a pass of the decoder over the text, forward and back, a step: about twice what the encoder costs.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icae.config import POLISH_RATES
 from icae.loss import batch_loss
 from icae.matmul import fast_linear
 from icae.objectives import Example, Marker, collate
@@ -27,8 +28,6 @@ from icae.reader import Reader
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots
 
-RATES = {"keys": 0.015, "values": 0.06, "embeddings": 0.03}
-"""How far a number of a tensor moves a step, at most, in root mean squares of its layer: at 4x; elsewhere by the root of the ratio."""
 BLOCK = 4
 """Tokens of a slot for which a further step is taken, by default."""
 MOST_STEPS = 9
@@ -104,7 +103,7 @@ def _polished(
             first, second = (m / (1 - b**step) for b, m in zip(BETAS, (first, second), strict=True))
             floor = (DAMPING * _size(gradient)) ** 2
             b, name = key
-            rows[b][name] = rows[b][name] - RATES[name] * scales[b] * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
+            rows[b][name] = rows[b][name] - POLISH_RATES[name] * scales[b] * sizes[key] * first / (second + floor).sqrt().clamp(min=1e-30)
     return [
         dataclasses.replace(
             s,

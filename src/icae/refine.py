@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from icae.config import POLISH_RATES
 from icae.encoder import Encoder
-from icae.polish import BLOCK, RATES
+from icae.polish import BLOCK
 from icae.probe import Change, Probe
 from icae.slots import MemorySlots
 
@@ -81,7 +82,7 @@ class Refined:
 
 def tolerance(slots: MemorySlots) -> float:
     """Return the distance up to which slots count as the given ones."""
-    moved = sum(RATES[name] ** 2 for name in slots.tensors) / len(slots.tensors)
+    moved = sum(POLISH_RATES[name] ** 2 for name in slots.tensors) / len(slots.tensors)
     return min(TOLERANCE + POLISHED * moved * slots.origin.polish * slots.origin.ratio / BLOCK, MOST)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from icae.atomic import make_room, write_atomically
+from icae.config import POLISH_RATES
 from icae.model import ICAE
-from icae.polish import RATES
 
 
 def write_report(path: str | Path, name: str, checkpoint: str, model: ICAE, settings: dict[str, Any], results: Any) -> None:
@@ -30,7 +30,7 @@ def write_report(path: str | Path, name: str, checkpoint: str, model: ICAE, sett
         "settings": settings,
         "results": results,
         "adapter": model.origin.adapter,
-        "polish_rates": RATES,
+        "polish_rates": POLISH_RATES,
         "base": model.config.base,
         "base_fingerprint": model.config.base_fingerprint,
         "commit": commit(),

@@ -22,10 +22,10 @@ import torch
 
 from icae.base import Base, load_base
 from icae.checkpoint import SHIPPED, find_checkpoint, read_config
+from icae.config import POLISH_RATES
 from icae.data import Corpus, load_corpus
 from icae.errors import ICAEError
 from icae.model import ICAE
-from icae.polish import RATES
 from icae.triples import Triple, load_triples
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class Context:
         polish = "by ratio" if self.polish is None else self.polish  # of slots that are read back or asked
         computed = {"device": self.base.device.type, "dtype": str(self.base.dtype).removeprefix("torch.")}
         base = {"base": self.base.name, "base_fingerprint": self.base.fingerprint}
-        return {**base, **computed, "seed": self.seed, "polish": polish, "polish_rates": RATES, **found}
+        return {**base, **computed, "seed": self.seed, "polish": polish, "polish_rates": POLISH_RATES, **found}
 
     def _ablation_hashes(self) -> dict[str, Any]:
         folders = sorted(self.ablations.iterdir()) if self.ablations is not None and self.ablations.is_dir() else []

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
+from icae.config import POLISH_RATES
 from icae.experiments import EXPERIMENTS
 from icae.experiments.table import Cell, Table, number
-from icae.polish import RATES
 
 PAPER = {
     "fig4": "128 slots: loss below 0.05; BLEU and exact match near 100% up to 300 tokens; at 500 tokens a median BLEU above 0.98 and an "
@@ -84,7 +84,7 @@ def page(tables: Mapping[str, Table], pictures: Collection[str], shipped: Mappin
         about = table.provenance
         names = [_name(x, shipped or {}) for x in about.values() if isinstance(x, dict) and "sha256" in x]
         steps = f"steps of polishing: {0 if name in AS_WRITTEN else about['polish']}" if "polish" in about else None
-        if steps and name not in AS_WRITTEN and about.get("polish_rates") != RATES:
+        if steps and name not in AS_WRITTEN and about.get("polish_rates") != POLISH_RATES:
             steps += " (at other rates than now)"
         told = [about.get("base"), *names, steps, f"commit {about.get('commit')}", about.get("date"), about.get("machine")]
         lines += [f"<sub>{'; '.join(str(x) for x in told if x)}</sub>", ""]
