@@ -20,7 +20,7 @@ from icae.metrics import bleu, exact_match
 from icae.model import ICAE, joined
 
 SAMPLE = Path(__file__).parent / "samples" / "handbook.txt"
-QUESTIONS = ["Which oil should be used for the main bearing?", "When does the small bell ring?"]
+QUESTIONS = ["Where is the steel pick kept?", "When does the small bell ring?"]
 GENERAL_QUESTIONS = ["What is this text about?", "Give this text a title."]
 ANSWER_TOKENS = 48
 CONTINUATION_TOKENS = 48
