@@ -399,8 +399,8 @@ def test_a_run_taken_up_again_has_only_the_minutes_that_are_left(settings, confi
     more = {"steps": 10**6, "save_steps": 10**6, "log_steps": 1}
     folder = train(settings, config, minutes=0.03, **more)
     before = history(folder)[-1]["minutes"]
-    train(settings, config, minutes=0.06, **more)
-    assert before < 0.06 <= history(folder)[-1]["minutes"] < before + 0.06
+    train(settings, config, minutes=0.12, **more)
+    assert before < 0.12 <= history(folder)[-1]["minutes"] < before + 0.12
     assert [row["learning_rate"] for row in history(folder) if "loss" in row][-1] < 0.1 * settings["learning_rate"]
 
 
