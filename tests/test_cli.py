@@ -225,6 +225,20 @@ def test_finetune_starts_from_an_adapter_and_evaluate_qa_measures_it(icae, check
         assert (code, out) == (2, "") and words in err and err.count("\n") == 1
 
 
+def test_of_a_cut_off_evaluation_the_answers_remain(icae, checkpoint, monkeypatch):
+    import icae.qa as measured
+    from icae.errors import ICAEError
+
+    def cut_off(model, triples, heard, **_):
+        heard({"prompt": "What of 0?", "slots": "größer"})
+        raise ICAEError("cut off")
+
+    monkeypatch.setattr(measured, "qa", cut_off)
+    Path("t.jsonl").write_text(json.dumps({"input": tiny.LINES[0], "prompt": "What?", "answer": "x"}))
+    code, _, err = icae("evaluate", "qa", "--data", "t.jsonl", "--model", checkpoint, "--responses", "said.jsonl")
+    assert code == 2 and "cut off" in err and json.loads(Path("said.jsonl").read_text()) == {"prompt": "What of 0?", "slots": "größer"}
+
+
 def test_demo_runs_on_any_file_and_prints_for_people(icae, checkpoint, text):
     code, out, _ = icae("demo", text, "--model", checkpoint, "-q", "Who painted the door?")
     assert code == 0

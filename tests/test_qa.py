@@ -35,6 +35,22 @@ def test_every_side_is_asked_what_its_name_says(base, kind):
     assert {f"{m}_{side}" for m in ("f1", "rouge1") for side in SIDES} <= results.keys()
 
 
+@pytest.mark.parametrize("ask", [qa, documents, places])
+def test_rows_are_heard_as_soon_as_all_sides_answered(base, ask):
+    model, heard, done = make_icae(base), [], []
+    fits = {"length": 60} if ask is places else {}
+    _, rows = ask(
+        model,
+        TRIPLES,
+        batch_size=3,
+        max_new_tokens=2,
+        heard=lambda row: heard.append(dict(row)),
+        progress=lambda n, _: done.append(n),
+        **fits,
+    )
+    assert sorted(heard, key=str) == sorted(rows, key=str) and done == [3, 6, 8]
+
+
 def test_what_no_side_could_read_whole_is_left_out_and_counted(base):
     model, long = make_icae(base), Triple(" ".join(LINES * 40), "Question?", "bell", ("bell",))
     results, rows = qa(model, [*TRIPLES[:2], long], sides=["text", "slots"], max_new_tokens=2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from icae.atomic import make_room
+from icae.atomic import make_room, write_atomically
 from icae.errors import ICAEError
 from icae.segments import check_ratio
 from icae.terminal import (
@@ -95,7 +96,9 @@ def evaluate_continuation(
 QaData = Annotated[str, typer.Option("--data", help="Triples: a .jsonl, SQuAD's .json, or a Hub name.", show_default=False)]
 QaSamples = Annotated[int | None, typer.Option("--samples", help="Questions asked, drawn by --seed. [default: all]", show_default=False)]
 QaTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of a response, at most.")]
-Responses = Annotated[Path | None, typer.Option("--responses", help="Also write every question with its responses here, as .jsonl.")]
+Responses = Annotated[
+    Path | None, typer.Option("--responses", help="Also write every question with its responses here, as .jsonl, as they come.")
+]
 
 
 @app.command("qa")
@@ -244,14 +247,12 @@ def _evaluate_qa(
             make_room(path)
     icae = load_model(**loading)
     every = load_triples(data, icae.base)
-    with progress("asking", "questions") as tick:
+    with _lines(responses) as heard, progress("asking", "questions") as tick:
         if name != "qa":  # the others also draw what stands around a context
             settings["seed"] = seed
-        results, rows = function(icae, drawn(every, samples, seed), progress=tick, **settings)
-    if responses is not None:
-        from icae.atomic import write_atomically
-
-        write_atomically(responses, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        results, rows = function(icae, drawn(every, samples, seed), progress=tick, heard=heard, **settings)
+    if responses is not None:  # in the order of the questions now
+        write_atomically(responses, "".join(map(_line, rows)).encode())
     if save is not None:
         from icae.report import write_report
 
@@ -268,6 +269,24 @@ def _evaluate_qa(
                 print(f"{name:28} {value}" + ("" if low is None else f"  ({low:.4g} to {high:.4g})"))
 
     print_results(results, as_json, plain)
+
+
+@contextmanager
+def _lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """Yield what appends a row to a file at once, so that of a run that is cut off all answers remain; none without a file."""
+    if path is None:
+        yield None
+        return
+    try:
+        file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ICAEError(f"could not write {path}: {error.strerror}") from error
+    with file:
+        yield lambda row: print(_line(row), end="", file=file)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _checkpoint_name(model: str | None) -> str:

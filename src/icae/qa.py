@@ -22,6 +22,8 @@ from icae.slots import MemorySlots
 from icae.triples import Triple
 
 Progress = Callable[[int, int], None]
+Heard = Callable[[dict[str, Any]], None]
+"""Called with a question's row as soon as every side has answered it."""
 SIDES = ("text", "slots", "none", "cut", "deleted")
 MORE_SIDES = ("slots_free", "slots_read", "slots_greedy", "text_grounded")
 PLACES = ("start", "middle", "end")
@@ -38,6 +40,7 @@ def qa(
     max_new_tokens: int = 48,
     batch_size: int = 16,
     progress: Progress | None = None,
+    heard: Heard | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask every question from each side.
 
@@ -99,8 +102,7 @@ def qa(
             made = model.answers(read, asked, max_new_tokens=max_new_tokens, words=words, beginnings=many, questions=prompts)
             for i, response in zip(chosen, made, strict=True):
                 rows[i][side] = response
-        if progress is not None:
-            progress(sum(sides[-1] in row for row in rows), len(rows))
+        _tell([rows[i] for i in chosen], sum(sides[-1] in row for row in rows), len(rows), progress, heard)
     results: dict[str, Any] = {"n": len(rows), "left_out": asked_for - len(rows)} | ({"budget": float(np.mean(counts))} if counts else {})
     return results | _figures(rows, triples, sides), rows
 
@@ -115,6 +117,7 @@ def documents(
     batch_size: int = 8,
     seed: int = 0,
     progress: Progress | None = None,
+    heard: Heard | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask every question from its own document's slots, and from several documents' slots, made alone and then joined.
 
@@ -153,8 +156,7 @@ def documents(
             made = model.answers(slots, [triples[i].prompt for i in chosen], max_new_tokens=max_new_tokens)
             for i, response in zip(chosen, made, strict=True):
                 rows[i][side] = response
-        if progress is not None:
-            progress(sum("several" in row for row in rows), len(rows))
+        _tell([rows[i] for i in chosen], sum("several" in row for row in rows), len(rows), progress, heard)
     results = {"n": len(rows), "documents": count} | _figures(rows, triples, ("one", "several"))
     results["several_over_one"] = results["f1_several"] / max(results["f1_one"], 1e-9)
     for name, place in (("first", 0), ("last", count - 1)):
@@ -175,6 +177,7 @@ def places(
     batch_size: int = 4,
     seed: int = 0,
     progress: Progress | None = None,
+    heard: Heard | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask every question from many paragraphs, with the one that answers it at the start, in the middle, and at the end.
 
@@ -234,8 +237,7 @@ def places(
                     made = model.answers(None, asked, max_new_tokens=max_new_tokens)
                 for i, response in zip(chosen, made, strict=True):
                     rows[i][f"{side}_{place}"] = response
-        if progress is not None:
-            progress(sum(names[-1] in row for row in rows), len(rows))
+        _tell([rows[i] for i in chosen], sum(names[-1] in row for row in rows), len(rows), progress, heard)
     results: dict[str, Any] = {"n": len(rows), "length": length, "whole": whole} | _figures(rows, triples, names)
     for side in sides:
         found = [results[f"f1_{side}_{place}"] for place in PLACES]
@@ -278,6 +280,15 @@ def _figures(rows: Sequence[dict[str, Any]], triples: Sequence[Triple], sides: S
             results[f"f1_slots_minus_{side}"] = float(np.mean(differences))
             results[f"f1_slots_minus_{side}_interval"] = interval(differences)
     return results
+
+
+def _tell(new: list[dict[str, Any]], done: int, total: int, progress: Progress | None, heard: Heard | None) -> None:
+    """Hand on the rows that were just answered, and how many are."""
+    if heard is not None:
+        for row in new:
+            heard(row)
+    if progress is not None:
+        progress(done, total)
 
 
 def _batches(sizes: Sequence[int], batch_size: int) -> list[list[int]]:
