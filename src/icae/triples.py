@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from icae.base import Base
 from icae.chat import chat_prompt, chat_response, full_text
 from icae.config import ICAEConfig, TrainConfig
+from icae.counterfactual import OtherAnswers
 from icae.data import Windows, check_whole, drawn_ratio, takes
 from icae.errors import ICAEError
 from icae.objectives import Example, instruction, pieces
@@ -265,11 +266,13 @@ class Triples(Dataset):
 
     def __getitem__(self, index: int) -> Example:
         """Return sample `index`."""
-        triple = self._triple(index)
-        if triple is None:
+        asked = self._triple(index)
+        if asked is None:
             assert self.replay is not None
             return self.replay.sample(index, turn=math.floor(index * self.train.pretrain_share))
         t, encode, tokenizer = self.train, self.base.encode, self.base.tokenizer
+        chance = np.random.default_rng([t.seed, 8, index])
+        triple = self._answers.swapped(asked, chance) if chance.random() < t.counterfactual else asked
         prompt = chat_prompt(tokenizer, triple.prompt)
         response = chat_response(tokenizer, triple.response)[: t.response_length]
         drawn = drawn_ratio(t, index // self.samples_a_step)
@@ -285,9 +288,13 @@ class Triples(Dataset):
             teacher = self.base.prompted(full_text(triple.context, triple.prompt))
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
-        segments = self._among_others(index, triple, example.segments, room, ratio)
+        segments = self._among_others(index, asked, example.segments, room, ratio)
         by_tutor = not triple.teacher.startswith(self.base.byline)  # how its own response goes on, the base itself knows best
         return replace(example, segments=segments, teacher=teacher, by_tutor=by_tutor, distil=t.distil, align=t.align, ratio=drawn)
+
+    @cached_property
+    def _answers(self) -> OtherAnswers:
+        return OtherAnswers(triple for pool in self.pools for triple in pool.triples)
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from tiny import LINES
+
+from icae.config import ICAEConfig, TrainConfig
+from icae.counterfactual import FEWEST, OtherAnswers, form
+from icae.triples import Pool, Triple, Triples
+
+NAMES = ["Ada Lane", "Tom Reed", "Joan Hill", "Mark Stone", "Ruth Ford", "Noah Brook", "Lucy Marsh", "Paul Glen", "Emma Field"]
+ASKED = [
+    Triple(f"Door {i} is green. {n} painted it; {n.split()[1]} was {30 + i}.", f"Who painted door {i}?", n, (n,))
+    for i, n in enumerate(NAMES)
+]
+
+
+def swapped(triple, others=ASKED, seed=0):
+    return OtherAnswers(others).swapped(triple, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_another_questions_answer_takes_every_place_of_the_right_one(seed):
+    made = [swapped(t, seed=seed) for t in ASKED]
+    for i, (t, new) in enumerate(zip(ASKED, made, strict=True)):
+        if new is t:  # its own answer was drawn
+            continue
+        assert new.prompt == t.prompt and new.answers == (new.response,) and new.response in NAMES and new.response != t.response
+        assert new.context == f"Door {i} is green. {new.response} painted it; {new.response.split()[1]} was {30 + i}."
+    assert sum(new is not t for t, new in zip(ASKED, made, strict=True)) >= 6
+
+
+def test_what_is_drawn_depends_on_chance_alone():
+    assert swapped(ASKED[0], seed=3) == swapped(ASKED[0], seed=3)
+    assert len({swapped(ASKED[0], seed=seed).response for seed in range(20)}) > 4
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        Triple("Nobody painted it.", "Who painted door 1?", "Ada Lane", ()),  # does not stand in the text
+        Triple("Ada Lanes painted it.", "Who painted door 1?", "Ada Lane", ()),  # nor in whole words
+        Triple("Ada Lane painted it.", "Who is Ada Lane?", "Ada Lane", ()),  # the question names it
+        Triple("It is Ada Lane.", "What is its name?", "Ada Lane", ()),  # asked otherwise than all others
+        Triple("It was ada lane.", "Who painted it?", "ada lane", ()),  # of another form
+        Triple(" ".join(NAMES), "Who is the first?", "Ada Lane", ()),  # the text has all other answers, too
+    ],
+)
+def test_where_none_fits_a_question_stays_as_it_is(odd):
+    assert all(swapped(odd, seed=seed) is odd for seed in range(10))
+
+
+def test_a_question_that_names_another_answer_never_gets_that_one():
+    asked = Triple("Ada Lane painted it.", f"Who painted it, {' or '.join(NAMES[2:])}?", "Ada Lane", ())
+    assert {swapped(asked, seed=seed).response for seed in range(30)} == {"Ada Lane", "Tom Reed"}
+
+
+def test_a_few_answers_are_no_choice():
+    assert swapped(ASKED[0], others=ASKED[: FEWEST - 1]) is ASKED[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "wanted"),
+    [
+        ("when was it cut?", "June 12, 1931", ("when", "A", "00", ",", "0000")),
+        ("How many doors?", "the 12 of them", ("how many", "the", "00", "of", "a")),
+        ("in which year", "1931", ("which", "0000")),
+        ("it is made by", "Élan & Co", ("", "A", "&", "A")),
+    ],
+)
+def test_a_form_is_how_it_is_asked_and_how_the_answer_looks(prompt, answer, wanted):
+    assert form(Triple("", prompt, answer, ())) == wanted
+
+
+def test_training_asks_about_the_text_that_says_otherwise(base):
+    config = ICAEConfig(segment_length=64)
+
+    def samples(**settings):
+        data = Triples([Pool(ASKED)], base, config, TrainConfig(objective="instruct", steps=9, batch_size=1, **settings))
+        return [data[i] for i in range(len(data))]
+
+    plain, half, every = samples(), samples(counterfactual=0.5), samples(counterfactual=1.0)
+    changed = [sum(a.target != b.target for a, b in zip(plain, other, strict=True)) for other in (half, every)]
+    assert 0 < changed[0] < changed[1] >= 6
+    for before, after in zip(plain, every, strict=True):
+        text, answer = base.decode(after.segments[0]), base.decode(after.target[:-1])
+        assert answer in text and after.prompt == before.prompt and (before.segments == after.segments) == (before.target == after.target)
+
+
+def test_the_text_as_it_was_never_stands_beside_the_changed_one(base):
+    """It would answer the question with the other answer."""
+    rows = [*ASKED, *(Triple(line, "What?", line.split()[0], ()) for line in LINES)]
+    settings = {"counterfactual": 1.0, "distractors": 9, "distractor_share": 1.0, "batch_size": 1}
+    data = Triples([Pool(rows)], base, ICAEConfig(segment_length=128), TrainConfig(objective="instruct", steps=40, **settings))
+    originals = {base.decode(base.encode(t.prompt)): t.context for t in ASKED}
+    for i in range(len(data)):
+        example = data[i]
+        texts = [base.decode(segment) for segment in example.segments]
+        assert len(texts) > 1
+        prompt = next((p for p in originals if p in base.decode(example.prompt)), None)
+        if prompt is not None and base.decode(example.target[:-1]) not in originals[prompt]:
+            assert originals[prompt] not in texts
