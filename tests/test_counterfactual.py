@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 from tiny import LINES
 
 from icae.config import ICAEConfig, TrainConfig
 from icae.counterfactual import FEWEST, OtherAnswers, form
+from icae.train import make_data
 from icae.triples import Pool, Triple, Triples
 
 NAMES = ["Ada Lane", "Tom Reed", "Joan Hill", "Mark Stone", "Ruth Ford", "Noah Brook", "Lucy Marsh", "Paul Glen", "Emma Field"]
@@ -53,6 +56,24 @@ def test_a_question_that_names_another_answer_never_gets_that_one():
     assert {swapped(asked, seed=seed).response for seed in range(30)} == {"Ada Lane", "Tom Reed"}
 
 
+def test_last_names_are_those_of_people_whom_the_prompt_does_not_name():
+    """Else the question would ask about nobody, and towers would change their names."""
+    family = Triple("Ada Lane painted it, as all Lanes do. Lane is old.", "Who is the oldest Lane?", "Ada Lane", ())
+    place = [Triple(f"{n} lies by the sea. The {n.split()[1]} runs there.", "Where is it?", n, ()) for n in NAMES]
+    made = swapped(family, seed=1)
+    assert made.context == f"{made.response} painted it, as all Lanes do. Lane is old." and made is not family
+    made = swapped(place[0], others=place, seed=1)
+    assert made.context == f"{made.response} lies by the sea. The Lane runs there." and made is not place[0]
+
+
+def test_what_was_put_in_is_not_changed_again():
+    pairs = [Triple(f"{a} and {b} sang.", "Who sang?", f"{a} and {b}", ()) for a, b in zip(NAMES, NAMES[::-1], strict=True) if a != b]
+    for t in pairs:
+        for seed in range(20):
+            made = swapped(t, others=pairs, seed=seed)
+            assert made.response in made.context
+
+
 def test_a_few_answers_are_no_choice():
     assert swapped(ASKED[0], others=ASKED[: FEWEST - 1]) is ASKED[0]
 
@@ -98,3 +119,18 @@ def test_the_text_as_it_was_never_stands_beside_the_changed_one(base):
         prompt = next((p for p in originals if p in base.decode(example.prompt)), None)
         if prompt is not None and base.decode(example.target[:-1]) not in originals[prompt]:
             assert originals[prompt] not in texts
+
+
+def test_the_held_out_loss_is_of_the_texts_as_they_are(base, tmp_path):
+    rows = [{"input": t.context, "prompt": t.prompt, "answer": t.response} for t in ASKED]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = TrainConfig(objective="instruct", train=str(tmp_path / "t.jsonl"), held_out=str(tmp_path / "t.jsonl"), counterfactual=1.0)
+    samples, held_out = make_data(told, base, ICAEConfig(segment_length=64), 1)
+    plain = make_data(told.replace(counterfactual=0.0), base, ICAEConfig(segment_length=64), 1)[1]
+    assert [held_out[i] for i in range(len(held_out))] == [plain[i] for i in range(len(plain))]
+    answers = {t.response for t in ASKED}
+    assert (
+        {base.decode(held_out[i].target[:-1]) for i in range(len(held_out))}
+        == answers
+        == {base.decode(samples[i].target[:-1]) for i in range(60)}
+    )

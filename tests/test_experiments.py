@@ -241,6 +241,19 @@ def test_every_ablation_config_trains(name, base_folder, files, monkeypatch, tmp
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("config", ["kv-4x", "embedding-4x", "ablations/not-pretrained-answers"])
+def test_what_was_made_from_nothing_begins_there(config, monkeypatch, tmp_path):
+    """Fine-tuning begins with the adapter that ships, unless it is told otherwise."""
+    began = []
+    monkeypatch.setattr("icae.train.train", lambda settings, model, **_: began.append((settings, model)) or tmp_path)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    monkeypatch.setattr(sys, "argv", ["icae", "finetune", str(CONFIGS.parent / f"{config}.yaml"), "minutes=null", "steps=1"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    (settings, model), written = began[0], yaml.safe_load((CONFIGS.parent / f"{config}.yaml").read_text())["model"]
+    assert not stop.value.code and settings.init is None and {k: model.to_dict()[k] for k in written} == written
+
+
 def test_reproduce_quick_on_the_command_line(base_folder, files, monkeypatch, capsys, tmp_path):
     """Without a text: the sample that ships, and few samples."""
     monkeypatch.chdir(tmp_path)

@@ -305,6 +305,10 @@ class TrainConfig(_Config):
         super().__post_init__()
         if self.pretrain_share and not self.replay:
             raise ICAEError("pretrain_share needs text to replay: replay=FOLDER of .txt")
+        if self.replay and not self.pretrain_share and self.objective == "instruct":
+            raise ICAEError("of replay nothing is taken while pretrain_share is 0: pretrain_share=0.3, or replay=null")
+        if self.teacher and not (self.distil or self.align):
+            raise ICAEError("a teacher is not asked while distil and align are 0: distil=0.5, or teacher=null")
         for name in ("train", "replay"):
             source = getattr(self, name)
             if isinstance(source, dict) and not all(isinstance(share, (int, float)) and share > 0 for share in source.values()):

@@ -23,6 +23,7 @@ FEWEST = 8
 """Different answers of a form that there must be: fewer could be learned by heart as well."""
 SHORT = 3
 """Letters of a lower-case word up to which it belongs to an answer's form: "the", "of", "and"."""
+_PEOPLE = ("who", "whom", "whose")
 _ASKS = re.compile(r"\b(who|whom|whose|when|where|why|which|what|how (?:many|much|long|old|far|often)|how)\b")
 _PIECE = re.compile(r"\d+|[^\W\d]+|\S")
 
@@ -43,12 +44,14 @@ class OtherAnswers:
         if not others or not standing(old, triple.context) or standing(old, triple.prompt):
             return triple
         new = others[int(chance.integers(len(others)))]
-        if standing(new, triple.context) or standing(new, triple.prompt):
+        instead = {old: new}
+        if form(triple)[0] in _PEOPLE and len(old.split()) > 1:  # people are called by their last names, too
+            last, other = old.split()[-1], new.split()[-1]
+            if last[:1].isupper() and other[:1].isupper() and not standing(last.lower(), triple.prompt.lower()):
+                instead[last] = other
+        context = _whole(*instead).sub(lambda found: instead[found.group()], triple.context)
+        if standing(new, triple.context) or standing(new, triple.prompt) or not standing(new, context):
             return triple
-        context = _whole(old).sub(lambda _: new, triple.context)
-        (*_, last), (*_, instead) = old.split(), new.split()
-        if len(old.split()) > 1 and last[:1].isupper() and instead[:1].isupper():  # people are called by their last names, too
-            context = _whole(last).sub(lambda _: instead, context)
         return replace(triple, context=context, response=new, answers=(new,))
 
 
@@ -71,5 +74,6 @@ def _look(piece: str) -> str:
     return piece if len(piece) <= SHORT else "a"
 
 
-def _whole(words: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)")
+def _whole(*words: str) -> re.Pattern[str]:
+    """Return what finds any of some words, or of some rows of words, whole; where several begin alike, the first of them."""
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")

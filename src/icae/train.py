@@ -310,12 +310,12 @@ def make_data(train: TrainConfig, base: Base, config: ICAEConfig, processes: int
         held_out = None if train.held_out is None else HeldOut(windows(train.held_out), train.eval_samples)
         return windows(train.train), held_out
     limits = {"least": config.ratio, "most": min(train.context_length or base.max_positions, base.max_positions)}
-    replay = windows(train.replay) if train.replay and train.pretrain_share else None
+    replay = windows(train.replay) if train.replay else None
     samples = Triples(load_pools(train.train, base, **limits), base, config, train, replay, processes=processes)
     if train.held_out is None:
         return samples, None
     pools = load_pools(train.held_out, base, **limits)
-    plain = train.replace(pretrain_share=0.0, seed=20_240, distractors=0, ratios=None)
+    plain = train.replace(pretrain_share=0.0, replay=None, seed=20_240, distractors=0, counterfactual=0.0, ratios=None)
     return samples, torch.utils.data.Subset(Triples(pools, base, config, plain), range(min(train.eval_samples, len(pools[0].triples))))
 
 
