@@ -134,3 +134,14 @@ def test_the_held_out_loss_is_of_the_texts_as_they_are(base, tmp_path):
         == answers
         == {base.decode(samples[i].target[:-1]) for i in range(60)}
     )
+
+
+def test_an_answer_too_long_for_the_bases_positions_is_not_put_in(base):
+    config, text = ICAEConfig(segment_length=64), base.encode(" ".join(LINES * 60))
+    names = [f"Ada L{'ane' * (100 if i == 0 else i)}" for i in range(FEWEST)]
+    around = base.decode(text[: base.max_positions - 90])
+    rows = [Triple(f"{n} painted it. {around if i else ''}", "Who?", n, ()) for i, n in enumerate(names)]
+    data = Triples([Pool(rows)], base, config, TrainConfig(objective="instruct", counterfactual=1.0, steps=20))
+    room = {i: base.max_positions - config.marker_length - sum(map(len, data[i].segments)) - len(data[i].prompt) for i in range(80)}
+    assert min(room.values()) >= 1 and len(set(room.values())) > FEWEST
+    assert len(base.encode(names[0])) > 90

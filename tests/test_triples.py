@@ -12,6 +12,7 @@ from icae.triples import Pool, Triple, Triples, load_pools, load_triples, read_t
 
 CONFIG = ICAEConfig(segment_length=16)
 
+GOOD_ROW = Triple("The door is green.", "What colour?", "Green.", ("Green.",))
 GOOD = {"input": "The door is green.", "prompt": "What colour?", "answer": "Green."}
 
 
@@ -199,6 +200,13 @@ def test_a_response_is_cut_to_the_positions_that_are_left(base):
     (e,) = (Triples([Pool([row])], base, CONFIG, TrainConfig(objective="instruct", response_length=256))[i] for i in range(1))
     used = sum(map(len, e.segments)) + CONFIG.marker_length + len(e.prompt) + len(e.target)
     assert used == base.max_positions and e.target
+
+
+def test_what_leaves_no_position_for_a_response_is_refused_before_training(base):
+    long = " ".join(LINES * 60)
+    ids = base.encode(long)
+    row = Triple(base.decode(ids[: base.max_positions - 4]), "What of it?", "Green.", ("Green.",))
+    refused(lambda: Triples([Pool([GOOD_ROW, row])], base, CONFIG, TrainConfig(objective="instruct")), "What of it?", "context_length")
 
 
 def test_a_squad_question_without_an_answer_is_named_by_its_id(tmp_path):

@@ -31,6 +31,8 @@ from icae.objectives import Example, instruction, pieces
 
 _MOST_BAD = 0.01
 """Share of bad rows above which a source is refused."""
+_TEMPLATE = 256
+"""Tokens that a chat template writes around a prompt, at most; a text of so many bytes less than the base has positions leaves room."""
 
 
 @dataclass(frozen=True)
@@ -259,10 +261,18 @@ class Triples(Dataset):
     ):
         self.pools, self.base, self.config, self.train, self.replay = pools, base, config, train, replay
         self.samples_a_step = train.batch_size * train.accumulation * processes
+        for triple in (t for pool in pools for t in pool.triples):  # what would fail in the middle of a run is refused at its start
+            if len(triple.context.encode()) + len(triple.prompt.encode()) + _TEMPLATE > base.max_positions and self._room(triple) < 1:
+                raise ICAEError(f"a context and its prompt leave no position for a response: {triple.prompt[:60]!r}; lower context_length")
 
     def __len__(self) -> int:
         """Return the samples of the whole run."""
         return self.train.steps * self.samples_a_step
+
+    def _room(self, triple: Triple) -> int:
+        """Return the positions that a context and its prompt leave."""
+        read = len(self.base.encode(triple.context)) + len(chat_prompt(self.base.tokenizer, triple.prompt))
+        return self.base.max_positions - read - self.config.marker_length
 
     def __getitem__(self, index: int) -> Example:
         """Return sample `index`."""
@@ -273,14 +283,13 @@ class Triples(Dataset):
         t, encode, tokenizer = self.train, self.base.encode, self.base.tokenizer
         chance = np.random.default_rng([t.seed, 8, index])
         triple = self._answers.swapped(asked, chance) if chance.random() < t.counterfactual else asked
+        if (room := self._room(triple)) < 1:  # a longer answer stands in the context now
+            triple, room = asked, self._room(asked)
         prompt = chat_prompt(tokenizer, triple.prompt)
         response = chat_response(tokenizer, triple.response)[: t.response_length]
         drawn = drawn_ratio(t, index // self.samples_a_step)
         ratio = drawn or self.config.ratio
         example = instruction(encode(triple.context), prompt, response, self.config.segment_length, ratio)
-        room = self.base.max_positions - len(prompt) - sum(map(len, example.segments)) - self.config.marker_length
-        if room < 1:
-            raise ICAEError(f"a context and its prompt leave no position for a response: {triple.prompt[:60]!r}; lower context_length")
         response, room = response[:room], room - len(response)
         example = replace(example, target=response)
         teacher: list[int] = []
