@@ -51,6 +51,19 @@ def test_a_turn_that_does_not_fit_ends_itself_alone(icae, checkpoint, slots):  #
     assert code == 0 and out == fits[1] and "shorten" in err
 
 
+def test_a_turn_that_does_not_fit_takes_nothing_of_the_conversation_along(icae, checkpoint, slots):  # noqa: F811
+    asked = ("chat", slots, "--max-tokens", 5, "--model", checkpoint)
+    plain = icae(*asked, stdin=b"Who?\nAnd then?\n")[1]
+    code, out, err = icae(*asked, stdin=b"Who?\n" + b"word " * 5000 + b"\nAnd then?\n")
+    assert code == 0 and out == plain and "shorten" in err
+
+
+def test_bytes_that_are_no_utf_8_end_their_turn_alone(icae, checkpoint, slots):  # noqa: F811
+    asked = ("chat", slots, "--max-tokens", 5, "--model", checkpoint)
+    code, out, err = icae(*asked, stdin=b"caf\xe9?\nWho?\n")
+    assert code == 0 and "UTF-8" in err and out == icae(*asked, stdin=b"Who?\n")[1]
+
+
 def test_old_turns_leave_when_the_positions_run_out(base):
     model = make_icae(base)
     made = model.compress(TEXT)

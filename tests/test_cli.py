@@ -239,6 +239,26 @@ def test_of_a_cut_off_evaluation_the_answers_remain(icae, checkpoint, monkeypatc
     assert code == 2 and "cut off" in err and json.loads(Path("said.jsonl").read_text()) == {"prompt": "What of 0?", "slots": "größer"}
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--sides", "slot"], "deleted"), (["--responses", "t.jsonl"], "the data itself"), (["--seed", "-1"], "--seed")],
+)
+def test_a_mistake_in_the_options_costs_no_file(icae, checkpoint, options, words):
+    Path("t.jsonl").write_text(row := json.dumps({"input": tiny.LINES[0], "prompt": "What?", "answer": "x"}))
+    Path("said.jsonl").write_text("hours")
+    code, _, err = icae("evaluate", "qa", "--data", "t.jsonl", "--model", checkpoint, "--responses", "said.jsonl", *options)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert Path("said.jsonl").read_text() == "hours" and Path("t.jsonl").read_text() == row
+
+
+@pytest.mark.parametrize("command", [("autoencoding", "--lengths=-64"), ("continuation", "--length=-1"), ("qa-places", "--length=-1")])
+def test_lengths_are_two_tokens_at_least(icae, checkpoint, command):
+    Path("t.txt").write_text(" ".join(tiny.LINES))
+    source = "--data" if command[0] == "qa-places" else "--text"
+    code, _, err = icae("evaluate", *command, source, "t.txt", "--model", checkpoint)
+    assert code == 2 and "length" in err and "Traceback" not in err
+
+
 def test_demo_runs_on_any_file_and_prints_for_people(icae, checkpoint, text):
     code, out, _ = icae("demo", text, "--model", checkpoint, "-q", "Who painted the door?")
     assert code == 0

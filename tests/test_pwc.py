@@ -31,6 +31,15 @@ def test_lists_and_markup_are_no_passages():
     ]
 
 
+HINDI = "हिन्दी भाषा में लिखी हुई पुस्तकें पुरानी हैं।"
+
+
+def test_marks_on_letters_are_letters():
+    assert list(passages([HINDI], least=10, most=200)) == [HINDI]
+    assert refusal(HINDI, "specific", "?", HINDI, True) is None
+    assert refusal("The door is green.", "specific", "?", HINDI, True) == "unsupported"
+
+
 def test_more_passages_begin_with_the_same_ones_and_none_comes_twice():
     texts = [f"text {i % 30}" for i in range(60)]
     few, many = chosen(texts, 5, 0), chosen(texts, 99, 0)
@@ -186,6 +195,22 @@ def test_a_failure_keeps_what_was_paid_for_and_the_next_run_goes_on(tmp_path):
     assert counts["triples"] + counts["test"] == 20 and counts["stopped"] is None
     build(TEXTS, out, third := Scripted())
     assert third.asked == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anybody_is_asked(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ICAEError) as error:
+        build(TEXTS, tmp_path / "notes.txt" / "t.jsonl", asked := Scripted())
+    one_line(error.value, "notes.txt")
+    assert asked.asked == []
+
+
+def test_half_characters_in_a_reply_cost_their_own_row_alone(tmp_path):
+    reply = '[{"prompt": "Who?", "answer": "a \\ud83d"}, {"prompt": "What?", "answer": "bell"}]'
+    assert replied(reply) == [("specific", "What?", "bell")]
+    kept = Ledger(tmp_path / "raw.jsonl")
+    kept.add("x", "text", Reply([], 1, json.loads('"\\ud83d"')))
+    assert Ledger(kept.path).requests == 1
 
 
 def test_a_kill_in_the_middle_of_a_line_loses_that_line_alone(tmp_path):

@@ -38,7 +38,7 @@ def test_every_side_is_asked_what_its_name_says(base, kind):
 @pytest.mark.parametrize("ask", [qa, documents, places])
 def test_rows_are_heard_as_soon_as_all_sides_answered(base, ask):
     model, heard, done = make_icae(base), [], []
-    fits = {"length": 60} if ask is places else {}
+    fits = {"length": max(len(base.encode(t.context)) for t in TRIPLES)} if ask is places else {}
     _, rows = ask(
         model,
         TRIPLES,
@@ -98,6 +98,31 @@ def test_joined_documents_are_made_alone_and_hold_the_asked_one(base, kind):
         assert row["several"] in {model.answer(MemorySlots.concatenate(pair), t.prompt, max_new_tokens=3) for pair in pairs}
     assert {"n", "documents", "f1_one", "f1_several", "several_over_one", "f1_first", "f1_last"} <= results.keys()
     assert documents(model, TRIPLES, count=2, max_new_tokens=3, batch_size=8, seed=1)[1] == rows
+
+
+def test_shortened_text_that_the_base_cannot_read_is_left_out_too(base):
+    model = make_icae(base, focus=2)
+    room = base.max_positions * model.config.ratio
+    long = Triple(base.decode((base.encode(" ".join(LINES)) * 99)[: room + 40]), "Question?", "bell", ("bell",))
+    assert qa(model, [TRIPLES[0], long], sides=["slots"], max_new_tokens=2)[0]["left_out"] == 0
+    for side in ("cut", "deleted"):
+        assert qa(model, [TRIPLES[0], long], sides=["slots", side], max_new_tokens=2)[0]["left_out"] == 1
+
+
+def test_a_reading_of_nothing_grounds_nothing(base, monkeypatch):
+    model = make_icae(base)
+    monkeypatch.setattr(model, "reconstruct_ids", lambda slots, **_: [[] for _ in slots])
+    _, rows = qa(model, TRIPLES[:2], sides=["slots_free", "slots_read"], max_new_tokens=3)
+    assert all(row["slots_read"] == row["slots_free"] for row in rows)
+
+
+def test_a_paragraph_longer_than_its_place_is_left_out_and_counted(base):
+    model, long = make_icae(base), Triple(" ".join(LINES * 3), "Question?", "bell", ("bell",))
+    results, rows = places(model, [*TRIPLES[:5], long], length=100, max_new_tokens=2)
+    assert (results["n"], results["left_out"]) == (5, 1) and all(row["prompt"] != "Question?" for row in rows)
+    with pytest.raises(ICAEError) as error:
+        places(model, [long], length=100, max_new_tokens=2)
+    one_line(error.value, "--length")
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,12 +88,12 @@ def chat(
         if said == "/forget":
             history = []
             continue
-        answer = ""
+        answer, kept = "", history
         try:
             asked = icae.focused(slots, said, history=history)
-            history = fitting(icae, asked, history, said, max_tokens)
-            sampling = sampling_of(temperature, seed + len(history))
-            for piece in icae.stream_answer(asked, said, history=history, max_new_tokens=max_tokens, sampling=sampling):
+            kept = fitting(icae, asked, history, said, max_tokens)
+            sampling = sampling_of(temperature, seed + len(kept))
+            for piece in icae.stream_answer(asked, said, history=kept, max_new_tokens=max_tokens, sampling=sampling):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:  # ends the answer, not the conversation
@@ -101,7 +102,7 @@ def chat(
             say(f"{error}")
             continue
         print(flush=True)
-        history = [*history, {"role": "user", "content": said}, {"role": "assistant", "content": answer.strip()}]
+        history = [*kept, {"role": "user", "content": said}, {"role": "assistant", "content": answer.strip()}]
 
 
 def fitting(icae: ICAE, slots: MemorySlots, history: list[dict[str, str]], prompt: str, limit: int) -> list[dict[str, str]]:
@@ -115,7 +116,12 @@ def fitting(icae: ICAE, slots: MemorySlots, history: list[dict[str, str]], promp
 
 
 def _lines() -> Iterator[str]:
-    """Yield what is said, without empty lines, until the end of the input; a terminal gets a prompt and line editing."""
+    """Yield what is said, without empty lines, until the end of the input; a terminal gets a prompt and line editing.
+
+    Bytes that are no UTF-8 come as half characters, which a turn refuses, and only that turn.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     if sys.stdin.isatty():
         import contextlib
 

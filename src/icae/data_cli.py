@@ -42,7 +42,7 @@ def build(
     max_tokens: Annotated[int | None, typer.Option(help="Tokens spent at most, over all runs.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after this long; the next run goes on.")] = None,
     test_share: Annotated[float, typer.Option(help="Share of the passages whose triples go to the test file.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Decides which passages are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which passages are drawn.")] = 0,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM of teacher base. [default: the embedded one]")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
     as_json: Json = False,

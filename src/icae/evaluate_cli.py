@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -61,6 +61,8 @@ def evaluate_autoencoding(
         wanted = [int(n) for n in lengths.split(",")]
     except ValueError:
         raise ICAEError(f"lengths must be whole numbers with commas, got {lengths!r}; try 64,128,256") from None
+    if min(wanted) < 2:
+        raise ICAEError(f"lengths must be at least 2, got {lengths}")
     settings: dict[str, Any] = {"lengths": wanted, "samples": samples, "ratio": ratio, "refine": refine, "seed": seed}
     rows = _evaluate(autoencoding, text, model, base, device, polish, save, **settings)
     columns = ["length", "ratio", "samples", "loss", "token_accuracy", "greedy_bleu", "greedy_exact_match", "bleu", "exact_match"]
@@ -71,7 +73,7 @@ def evaluate_autoencoding(
 @app.command("continuation")
 def evaluate_continuation(
     text: TextPath,
-    length: Annotated[int, typer.Option(help="Context tokens.")] = 512,
+    length: Annotated[int, typer.Option(min=2, help="Context tokens.")] = 512,
     target: Annotated[int, typer.Option(help="Tokens that are scored after it.")] = 128,
     samples: Samples = 32,
     ratio: Ratio = None,
@@ -160,7 +162,7 @@ def evaluate_qa_documents(
 @app.command("qa-places")
 def evaluate_qa_places(
     data: QaData,
-    length: Annotated[int, typer.Option(help="Tokens of all paragraphs together.")] = 2048,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of all paragraphs together.")] = 2048,
     whole: Annotated[bool, typer.Option("--whole/--apart", help="Compress the paragraphs as one text, or each alone.")] = False,
     sides: Annotated[str, typer.Option(help="slots, text, or both with a comma.")] = "slots",
     samples: QaSamples = None,
@@ -245,6 +247,8 @@ def _evaluate_qa(
     for path in (responses, save):
         if path is not None:
             make_room(path)
+            if path.exists() and Path(data).exists() and path.samefile(data):
+                raise ICAEError(f"{path} is the data itself; write to another file")
     icae = load_model(**loading)
     every = load_triples(data, icae.base)
     with _lines(responses) as heard, progress("asking", "questions") as tick:
@@ -273,16 +277,22 @@ def _evaluate_qa(
 
 @contextmanager
 def _lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """Yield what appends a row to a file at once, so that of a run that is cut off all answers remain; none without a file."""
+    """Yield what appends a row to a file at once, so that of a run that is cut off all answers remain; none without a file.
+
+    What stood in the file is gone with the first row, not before: a mistake in the options costs nothing.
+    """
     if path is None:
         yield None
         return
-    try:
-        file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise ICAEError(f"could not write {path}: {error.strerror}") from error
-    with file:
-        yield lambda row: print(_line(row), end="", file=file)
+    with ExitStack() as stack:
+        opened: list[TextIO] = []
+
+        def write(row: dict[str, Any]) -> None:
+            if not opened:
+                opened.append(stack.enter_context(open(path, "w", encoding="utf-8", buffering=1)))
+            opened[0].write(_line(row))
+
+        yield write
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -387,7 +387,7 @@ class ICAE(nn.Module):
 
     def words(self, ids: Tensor | None) -> Words | None:
         """Return the words of a context's token ids, which answers are spelled by (grounding.py); none where these were not kept."""
-        return None if ids is None or not self.config.grounding else self.base.words(ids.tolist())
+        return None if ids is None or not len(ids) or not self.config.grounding else self.base.words(ids.tolist())
 
     def guide(self, words: Words | None) -> Guide | None:
         """Return what keeps one answer to the words of its context; none without words."""

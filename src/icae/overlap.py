@@ -56,10 +56,15 @@ class Texts:
         return scores
 
 
+def words(text: str) -> list[str]:
+    """Return what stands between spaces and punctuation, marks that are written onto letters included."""
+    return [word for word in _BETWEEN.split(text) if word]
+
+
 def grams(text: str) -> list[str]:
     """Return the grams of each word, without case: "The lamp" -> " the", "the ", " lam", "lamp", "amp "."""
-    words = [f" {word} " for word in _BETWEEN.split(unicodedata.normalize("NFKC", text).casefold()) if word]
-    return [word[at : at + GRAM] for word in words for at in range(max(1, len(word) - GRAM + 1))]
+    spaced = [f" {word} " for word in words(unicodedata.normalize("NFKC", text).casefold())]
+    return [word[at : at + GRAM] for word in spaced for at in range(max(1, len(word) - GRAM + 1))]
 
 
 def _rarity(having: int, total: int) -> float:

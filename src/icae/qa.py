@@ -18,6 +18,7 @@ from icae.errors import ICAEError
 from icae.grounding import Words
 from icae.metrics import interval, rouge1, token_f1
 from icae.model import ICAE
+from icae.segments import cut, slot_count
 from icae.slots import MemorySlots
 from icae.triples import Triple
 
@@ -69,7 +70,7 @@ def qa(
     if not sides or not set(sides) <= {*SIDES, *MORE_SIDES}:
         raise ICAEError(f"sides must be some of {', '.join([*SIDES, *MORE_SIDES])}, got {', '.join(sides)}")
     base, asked_for = model.base, len(triples)
-    triples = [t for t in triples if _positions(model, t, sides) + max_new_tokens <= base.max_positions]
+    triples = [t for t in triples if _positions(model, t, sides, ratio or model.config.ratio) + max_new_tokens <= base.max_positions]
     if not triples:
         raise ICAEError(
             f"no context leaves room for an answer of {max_new_tokens} tokens among the {base.max_positions} positions of {base.name}"
@@ -191,8 +192,8 @@ def places(
     Returns
     -------
     dict
-        `n`, `length`, `whole`; for each side (`slots`, `text`) and place `f1_SIDE_PLACE` (and `rouge1_*`, `*_interval`), and
-        `worst_over_best_SIDE`.
+        `n`, `left_out` (questions whose own paragraph is longer), `length`, `whole`; for each side (`slots`, `text`) and place
+        `f1_SIDE_PLACE` (and `rouge1_*`, `*_interval`), and `worst_over_best_SIDE`.
     list of dict
         One row a question.
 
@@ -204,6 +205,9 @@ def places(
     if not sides or not set(sides) <= {"slots", "text"}:
         raise ICAEError(f"sides must be slots, text or both, got {', '.join(sides)}")
     base, gap = model.base, model.base.encode("\n\n")
+    asked_for, triples = len(triples), [t for t in triples if len(base.encode(t.context)) <= length]
+    if not triples:
+        raise ICAEError(f"no question's own paragraph fits into {length} tokens; give a longer --length")
     rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
     contexts = list(dict.fromkeys(t.context for t in triples))
     chance = np.random.default_rng([seed, 6])
@@ -224,7 +228,7 @@ def places(
 
     for chosen in _batches([len(t.context) for t in triples], batch_size):
         prompts = [triples[i].prompt for i in chosen]
-        own = [base.encode(triples[i].context)[:length] for i in chosen]
+        own = [base.encode(triples[i].context) for i in chosen]
         around = [_filler(pool, mine, np.random.default_rng([seed, 7, i]), length) for i, mine in zip(chosen, own, strict=True)]
         for place in PLACES:
             ats = [{"start": 0, "middle": len(others) // 2, "end": len(others)}[place] for others in around]
@@ -238,14 +242,16 @@ def places(
                 for i, response in zip(chosen, made, strict=True):
                     rows[i][f"{side}_{place}"] = response
         _tell([rows[i] for i in chosen], sum(names[-1] in row for row in rows), len(rows), progress, heard)
-    results: dict[str, Any] = {"n": len(rows), "length": length, "whole": whole} | _figures(rows, triples, names)
+    results: dict[str, Any] = {"n": len(rows), "left_out": asked_for - len(rows), "length": length, "whole": whole} | _figures(
+        rows, triples, names
+    )
     for side in sides:
         found = [results[f"f1_{side}_{place}"] for place in PLACES]
         results[f"worst_over_best_{side}"] = min(found) / max(*found, 1e-9)
     return results, rows
 
 
-def _positions(model: ICAE, t: Triple, sides: Sequence[str]) -> int:
+def _positions(model: ICAE, t: Triple, sides: Sequence[str], ratio: int) -> int:
     """Return the positions that the longest of some sides takes before its answer."""
     longest = 0
     if {"text", "text_grounded"} & set(sides):
@@ -255,6 +261,10 @@ def _positions(model: ICAE, t: Triple, sides: Sequence[str]) -> int:
         if model.config.focus:
             read = min(read, model.config.focus * model.config.segment_length)
         longest = max(longest, read + model.config.marker_length + len(model.base.prompted(t.prompt, alone=False)))
+    if {"cut", "deleted", "none"} & set(sides):
+        kept = sum(slot_count(b - a, ratio) for a, b in cut(len(model.base.encode(t.context)), model.config.segment_length, ratio))
+        kept *= bool({"cut", "deleted"} & set(sides))
+        longest = max(longest, kept + len(model.base.prompted(full_text("", t.prompt))))
     return longest
 
 

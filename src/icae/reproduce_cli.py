@@ -48,7 +48,7 @@ def reproduce(
     jobs: Annotated[
         int | None, _path("--jobs", "Processes of one thread that work side by side. [default: as many as cores; on accelerators 1]")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides which samples are drawn.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides which samples are drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what stands there from the same settings and commit.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the experiments and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,

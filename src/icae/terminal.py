@@ -81,7 +81,7 @@ Refine = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Decides which samples are drawn.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides which samples are drawn.")]
 
 
 lent = ExitStack()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from icae.atomic import write_together
+from icae.atomic import make_room, write_together
 from icae.errors import ICAEError
 from icae.pwc.filters import refusal
 from icae.pwc.passages import digest, is_test
@@ -62,6 +62,7 @@ def build(
     ICAEError
         If a file cannot be written, or the teacher fails; what it said before is in the files then.
     """
+    make_room(out)
     ledger = Ledger(out.with_suffix(".raw.jsonl"))
     begun, limits, stopped = time.monotonic(), budget or Budget(), None
     todo = [text for text in texts if not ledger.has(teacher.name, text)]
@@ -140,9 +141,8 @@ class Ledger:
         """Write a reply to the disk, at once."""
         row = {"teacher": teacher, "text": text, **asdict(reply)}
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace"))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -182,7 +182,6 @@ def write(ledger: Ledger, out: Path, test_share: float) -> dict[str, Any]:
             alike[words] += 1
             triple = {"input": row["text"], "prompt": prompt, "answer": answer, "kind": said["kind"], "teacher": row["teacher"]}
             lines[tests].append(json.dumps(triple, ensure_ascii=False) + "\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_together({out: "".join(lines[False]).encode(), out.with_suffix(".test.jsonl"): "".join(lines[True]).encode()})
     counts = {"texts": ledger.requests, "tokens": ledger.tokens}
     return counts | {"triples": len(lines[False]), "test": len(lines[True]), "refused": dict(sorted(refused.items()))}

@@ -5,15 +5,15 @@ An answer is refused when it is empty, was cut short, repeats itself, only gives
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+
+from icae.overlap import words as split
 
 _FREE = {"continue"}
 """Kinds whose answers go beyond the text by their nature."""
 _LEAST_SUPPORT = 0.5
 _LOOSE = {"rephrase": 0.3, "title": 0.3, "summary": 0.4, "tone": 0.2, "topic": 0.4}
 """Least share of an answer's longer words that stem from the text or the prompt, by kind; for all others the number above."""
-_WORD = re.compile(r"[^\W_]+", re.UNICODE)
 _STOP = frozenset(
     """about above after also because been before being between both cannot could does each from have having here into itself like more
     most much only other over passage said same should some such text than that their them then there these they this those through
@@ -32,12 +32,12 @@ def refusal(text: str, kind: str, prompt: str, answer: str, ended: bool) -> str 
     ended : bool
         The teacher came to an end by itself.
     """
-    words = _WORD.findall(answer.lower())
+    words = split(answer.lower())
     if not words or not prompt.strip():
         return "empty"
     if not ended:
         return "truncated"
-    if repeats(words) or _WORD.findall(prompt.lower()) == words:
+    if repeats(words) or split(prompt.lower()) == words:
         return "repeated"
     if kind not in _FREE and support(text, prompt, words) < _LOOSE.get(kind, _LEAST_SUPPORT):
         return "unsupported"
@@ -55,6 +55,6 @@ def support(text: str, prompt: str, words: list[str]) -> float:
 
     Stems are words' first five letters: crude, and the same in every language with suffixes.
     """
-    known = {word[:5] for word in _WORD.findall(f"{text} {prompt}".lower())}
+    known = {word[:5] for word in split(f"{text} {prompt}".lower())}
     telling = [word for word in words if (len(word) > 3 and word not in _STOP) or word.isdigit()]
     return sum(word[:5] in known for word in telling) / len(telling) if telling else 1.0

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 _LEAST_LETTERS = 0.7
-"""Share of letters and spaces below which a passage is taken for a table of contents, a list or markup."""
+"""Share of letters, marks written onto them, and spaces below which a passage is taken for a table of contents, a list or markup."""
 
 
 def passages(documents: Iterable[str], *, least: int, most: int) -> Iterator[str]:
@@ -24,7 +25,7 @@ def passages(documents: Iterable[str], *, least: int, most: int) -> Iterator[str
             whole = "\n".join(held)
             if len(whole) >= least:
                 held = []
-                if sum(c.isalpha() or c == " " for c in whole) >= _LEAST_LETTERS * len(whole):
+                if sum(c == " " or unicodedata.category(c)[0] in "LM" for c in whole) >= _LEAST_LETTERS * len(whole):
                     yield whole
 
 

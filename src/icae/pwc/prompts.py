@@ -122,7 +122,12 @@ def replied(reply: str) -> list[tuple[str, str, str]]:
         return []
     found = []
     for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("prompt", "answer")):
+        if isinstance(row, dict) and all(isinstance(row.get(name), str) and _whole(row[name]) for name in ("prompt", "answer")):
             kind = row.get("kind")
             found.append((kind if isinstance(kind, str) and kind in GENERAL else "specific", row["prompt"], row["answer"]))
     return found
+
+
+def _whole(text: str) -> bool:
+    """Tell whether a text is Unicode: JSON may hold half a character."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
