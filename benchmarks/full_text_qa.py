@@ -1,6 +1,6 @@
 """The upper bound of answering from slots: the same LoRA on the base itself, fine-tuned to answer with the *full text* in its prompt.
 
-    python benchmarks/full_text_qa.py train configs/kv-4x.yaml output=runs/full-text [name=value ...]
+    python benchmarks/full_text_qa.py train [CONFIG] [name=value ...], as `icae finetune`
     python benchmarks/full_text_qa.py evaluate runs/full-text --data FILE.jsonl [--samples N] [--seed N] [--save FILE.json]
 
 It reads the config that fine-tunes slots: same triples in the same order, same steps, same rank and targets as the adapter in `init`, same
@@ -22,13 +22,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from icae.atomic import write_atomically
 from icae.base import Base, load_base
-from icae.config import ICAEConfig, TrainConfig, read_yaml
+from icae.config import ICAEConfig
 from icae.errors import ICAEError
 from icae.fused import effective_weights
 from icae.matmul import fast_linear
@@ -36,6 +35,7 @@ from icae.model import ICAE
 from icae.qa import drawn, qa
 from icae.report import commit, machine
 from icae.train import make_arguments, make_data, run, starting_config
+from icae.train_cli import read_settings
 from icae.triples import load_triples
 
 ABOUT = "full_text.json"
@@ -104,14 +104,8 @@ class FullText(nn.Module):
 
 def train(config: str, overrides: list[str]) -> Path:
     """Train with the settings of a fine-tuning config."""
-    values = read_yaml(config)
-    model = values.pop("model", None) or {}
-    for override in overrides:
-        name, sign, value = override.partition("=")
-        if not sign:
-            raise ICAEError(f"{override!r} is not name=value")
-        values[name] = yaml.safe_load(value)
-    settings = TrainConfig.from_dict({**values, "objective": "instruct", "distil": 1.0})  # its samples carry the full text's prompt
+    settings, model = read_settings(config, "instruct", overrides)
+    settings = settings.replace(distil=1.0)  # its samples carry the full text's prompt
     shape = starting_config(settings.init, model)
     torch.manual_seed(settings.seed)
     arguments = make_arguments(settings, quiet=False)

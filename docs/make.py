@@ -1,4 +1,4 @@
-"""Make what must not be typed by hand: docs/cli.md from `--help`, all results from results/*.json.
+"""Make what must not be typed by hand: docs/cli.md from `--help`, docs/settings.md from config.py, all results from results/*.json.
 
 The results stand in docs/results.md, in the README and in docs/serving.md.
 `python docs/make.py` writes them; `python docs/make.py --check` exits with 1 where one is out of date (a test calls it).
@@ -6,6 +6,7 @@ The results stand in docs/results.md, in the README and in docs/serving.md.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ import typer
 from typer.main import get_command
 
 from icae.cli import app
+from icae.config import BOUNDS, ICAEConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: made by docs/make.py -->\n", "<!-- end of results -->"
@@ -28,7 +30,8 @@ def cli_page() -> str:
         "# Command line",
         "",
         "Made from `icae --help` by `make docs`. Every command exits with 2 where the input is wrong, and one line says what is; an option",
-        "that does not exist, or has a value out of its range, shows the usage beside it.",
+        "that does not exist, or has a value out of its range, shows the usage beside it. `-h` or `--help` after any of them lists its",
+        "options; `icae --version` tells the version.",
         "",
     ]
     for path, command in _commands(get_command(app), "icae"):
@@ -56,9 +59,40 @@ def _name(parameter: Any) -> str:
 def _help(parameter: Any) -> str:
     text = " ".join((parameter.help or "").split()).replace("|", "\\|")
     default = parameter.default
-    unsaid = default is None or default is ... or isinstance(default, bool) or callable(default)
+    if isinstance(default, bool):  # of two opposite options the one that holds; a lone one is off
+        default = (parameter.opts if default else parameter.secondary_opts)[0].lstrip("-") if parameter.secondary_opts else None
+    if parameter.param_type_name == "option" and parameter.required:
+        return f"{text} [required]"
+    unsaid = default is None or default is ... or callable(default)
     shown = not unsaid and "[default" not in text
     return f"{text} [default: {default}]" if shown else text
+
+
+_GIVEN = ("objective", "base_fingerprint", "version")
+"""Settings that the commands fill in themselves."""
+
+
+def settings_page() -> str:
+    """Return docs/settings.md: every setting of a checkpoint and of a training run, with its default and the values it may have."""
+    lines = [
+        "# Settings",
+        "",
+        "Made from [config.py](../src/icae/config.py) by `make docs`. A config for `icae pretrain` and `icae finetune` is a YAML file of",
+        "the settings of a run, with those of the adapter under `model`; each can be given on the command line, as `name=value` and",
+        "`model.name=value`, which counts more. `null` stands for none.",
+        "",
+    ]
+    for config, prefix, title in ((TrainConfig, "", "A training run"), (ICAEConfig, "model.", "An adapter")):
+        lines += [f"## {title}", "", "| setting | default | |", "|---|---|---|"]
+        for field in dataclasses.fields(config):
+            if field.name in _GIVEN:
+                continue
+            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+            bounds = [f"{words} {field.metadata[name]:g}" for name, words, _ in BOUNDS if field.metadata[name] is not None]
+            told = field.metadata["help"].rstrip(".") + (f" ({', '.join(bounds)})" if bounds else "") + "."
+            lines.append(f"| `{prefix}{field.name}` | `{json.dumps(default)}` | {told.replace('|', chr(92) + '|')} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def results_table(checkpoint: str | None = None) -> str:
@@ -274,7 +308,8 @@ def pages() -> dict[Path, str]:
     tables = {ROOT / "README.md": results_table(), docs / "serving.md": serving_table(), docs / "finetuning.md": answers_table()}
     made = {page: _with_table(page.read_text(encoding="utf-8"), table) for page, table in tables.items()}
     cards = {f.parent / "README.md": card(f.parent) for f in sorted((ROOT / "src/icae/adapters").glob("*/config.json"))}
-    return {ROOT / "docs" / "cli.md": cli_page(), ROOT / "docs" / "results.md": results_page(), **made, **cards}
+    whole = {docs / "cli.md": cli_page(), docs / "settings.md": settings_page(), docs / "results.md": results_page()}
+    return {**whole, **made, **cards}
 
 
 def _with_table(text: str, table: str) -> str:

@@ -2,10 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from tiny import LINES
+from tiny import LINES, one_line
 
 from icae.config import ICAEConfig, TrainConfig
 from icae.counterfactual import FEWEST, OtherAnswers, form
+from icae.errors import ICAEError
 from icae.train import make_data
 from icae.triples import Pool, Triple, Triples
 
@@ -145,3 +146,15 @@ def test_an_answer_too_long_for_the_bases_positions_is_not_put_in(base):
     room = {i: base.max_positions - config.marker_length - sum(map(len, data[i].segments)) - len(data[i].prompt) for i in range(80)}
     assert min(room.values()) >= 1 and len(set(room.values())) > FEWEST
     assert len(base.encode(names[0])) > 90
+
+
+def test_a_run_says_how_many_prompts_another_answer_fits_and_refuses_none(base, capsys):
+    told = TrainConfig(objective="instruct", counterfactual=0.5)
+    Triples([Pool(ASKED)], base, ICAEConfig(), told)
+    count, total = (int(word) for word in capsys.readouterr().err.split() if word.isdigit())
+    assert 6 <= count <= total == len(ASKED)
+    free = [Triple(line, "Summarise it.", f"It is about {i}.", ()) for i, line in enumerate(LINES)]
+    with pytest.raises(ICAEError) as error:
+        Triples([Pool(free)], base, ICAEConfig(), told)
+    one_line(error.value, "counterfactual", f"{len(LINES)} prompts")
+    Triples([Pool(free)], base, ICAEConfig(), told.replace(counterfactual=0.0))

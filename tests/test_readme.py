@@ -61,7 +61,7 @@ def test_the_training_command_of_the_readme_runs_on_another_base(monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     Path("my-texts").mkdir()
     Path("my-texts/a.txt").write_text(" ".join(tiny.LINES * 4))
-    line = line.replace(line.split()[2], str(config)).replace("meta-llama/Llama-3.2-1B", str(base_folder))
+    line = line.replace(line.split()[2], str(config)).replace("meta-llama/Llama-3.2-1B-Instruct", str(base_folder))
     line = line.replace("device=cuda bf16=true", "device=cpu steps=1 windows=[[0,8]] held_out=null output=run")
     run(line, monkeypatch, capsys)
     assert Path("run/adapter_model.safetensors").exists()

@@ -106,12 +106,12 @@ def _check(name: str, value: Any, about: Mapping[str, Any]) -> None:
     """Refuse a value that the field may not have."""
     if about["one_of"] and value not in about["one_of"]:
         raise ICAEError(f"{name} must be one of {', '.join(about['one_of'])}, got {value!r}")
-    for bound, words, holds in _BOUNDS:
+    for bound, words, holds in BOUNDS:
         if (limit := about[bound]) is not None and not (isinstance(value, (int, float)) and holds(value, limit)):
             raise ICAEError(f"{name} must be {words} {limit:g}, got {value}: {about['help']}")
 
 
-_BOUNDS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+BOUNDS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
     ("least", "at least", operator.ge),
     ("most", "at most", operator.le),
     ("above", "above", operator.gt),
@@ -140,7 +140,7 @@ class ICAEConfig(_Config):
     polish: int | None = setting(
         None,
         "Gradient steps on a segment's slots after they were written, by default: each costs about twice what encoding does; none: one, "
-        "and another for every four tokens that a slot stands for.",
+        "and another for every four tokens that a slot stands for, nine at most.",
         least=0,
     )
     focus: int = setting(

@@ -33,7 +33,10 @@ def build(
     prompts: Annotated[int, typer.Option(help="Prompts a passage, of fifteen (teacher base; an endpoint writes all).")] = 6,
     kinds: Annotated[
         str | None,
-        typer.Option(help="Kinds of prompts, such as summary,title,continue (teacher base). [default: all]", show_default=False),
+        typer.Option(
+            help="Kinds of prompts (teacher base): rephrase, summary, title, keywords, continue, topic, ... [default: all]",
+            show_default=False,
+        ),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the answers. [default: 0 from the base, 0.7 from an endpoint]")] = None,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most (teacher base).")] = 96,

@@ -38,7 +38,9 @@ def reproduce(
     base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id. [default: the checkpoint's]")] = None,
     embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind. [default: one that ships]")] = None,
     answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer. [default: one that ships]")] = None,
-    adapters: Annotated[Path | None, _path("--adapters", "Folder of table5's ablations (configs/ablations).")] = None,
+    adapters: Annotated[
+        Path | None, _path("--adapters", "Folder of table5's ablations, trained by configs/ablations, such as runs/ablations.")
+    ] = None,
     also: Annotated[list[Path] | None, _path("--also", "Checkpoint on another base, for table6; may be repeated.")] = None,
     judge: Annotated[str | None, _path("--judge", "Model that judges tables 4 and 5; the key is OPENAI_API_KEY. [default: none]")] = None,
     judge_url: Annotated[str | None, _path("--judge-url", "Its OpenAI-compatible endpoint. [default: OPENAI_BASE_URL]")] = None,

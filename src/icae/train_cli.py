@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from icae.errors import ICAEError
 from icae.terminal import say
+
+if TYPE_CHECKING:
+    from icae.config import TrainConfig
 
 Config = Annotated[str, typer.Argument(help="YAML config, such as configs/kv-4x.yaml, or a first name=value.", show_default=False)]
 Overrides = Annotated[
@@ -35,7 +38,21 @@ def finetune(
     _train(config, "instruct", overrides, fresh)
 
 
-def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool) -> None:
+def read_settings(config: str, objective: str, overrides: list[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
+    """Return the settings of a run, and those of its adapter that stand under `model`.
+
+    Parameters
+    ----------
+    config : str
+        A YAML file, or a first override.
+    overrides : list of str, optional
+        `name=value` or `model.name=value`, which count more than the file's.
+
+    Raises
+    ------
+    ICAEError
+        If the file or an override cannot be read, or a setting is unknown or out of range.
+    """
     import yaml
 
     from icae.config import TrainConfig, read_yaml
@@ -60,7 +77,11 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
         from icae.checkpoint import DEFAULT
 
         values["init"] = DEFAULT
-    settings = TrainConfig.from_dict({**values, "objective": objective})
+    return TrainConfig.from_dict({**values, "objective": objective}), model
+
+
+def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool) -> None:
+    settings, model = read_settings(config, objective, overrides)
     from icae.train import starting_config, train
 
     folder = train(settings, starting_config(settings.init, model), resume=not fresh)

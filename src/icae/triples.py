@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from icae.base import Base
 from icae.chat import chat_prompt, chat_response, full_text
 from icae.config import ICAEConfig, TrainConfig
-from icae.counterfactual import OtherAnswers
+from icae.counterfactual import FEWEST, OtherAnswers
 from icae.data import Windows, check_whole, drawn_ratio, takes
 from icae.errors import ICAEError
 from icae.objectives import Example, instruction, pieces
@@ -264,6 +264,20 @@ class Triples(Dataset):
         for triple in (t for pool in pools for t in pool.triples):  # what would fail in the middle of a run is refused at its start
             if len(triple.context.encode()) + len(triple.prompt.encode()) + _TEMPLATE > base.max_positions and self._room(triple) < 1:
                 raise ICAEError(f"a context and its prompt leave no position for a response: {triple.prompt[:60]!r}; lower context_length")
+        if train.counterfactual:
+            self._count_swappable()
+
+    def _count_swappable(self) -> None:
+        """Say how many prompts another answer fits, and refuse where there is none."""
+        triples = [t for pool in self.pools for t in pool.triples]
+        chance = np.random.default_rng(0)
+        fitting = sum(self._answers.swapped(t, chance) is not t for t in triples)
+        if not fitting:
+            raise ICAEError(
+                f"counterfactual: of {len(triples)} prompts none has an answer that stands in its context and is of the same form as "
+                f"{FEWEST} others; counterfactual=0"
+            )
+        print(f"another answer fits {fitting} of {len(triples)} prompts", file=sys.stderr)
 
     def __len__(self) -> int:
         """Return the samples of the whole run."""

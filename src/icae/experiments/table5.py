@@ -64,7 +64,7 @@ def _ablated(context: Context, triples: Sequence[Triple], ask, notes: list[str])
                 other = ICAE(context.base, full.config).eval()
         if full is None or other is None:
             absent = ", ".join(n for n, x in (("full", full), (name, other)) if x is None)
-            notes.append(f"{pair}: not measured, no adapter {absent}; train it (configs/ablations) and give --adapters FOLDER.")
+            notes.append(f"{pair}: not measured, no adapter {absent}; train it by configs/ablations and give --adapters runs/ablations.")
             rows.append(missing(pair))
         elif not triples:
             rows.append(missing(pair))
