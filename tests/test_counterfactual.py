@@ -18,7 +18,10 @@ ASKED = [
 
 
 def swapped(triple, others=ASKED, seed=0):
-    return OtherAnswers(others).swapped(triple, np.random.default_rng(seed))
+    made = OtherAnswers((t.context, t.prompt, t.response) for t in others).swapped(
+        triple.context, triple.prompt, triple.response, np.random.default_rng(seed)
+    )
+    return triple if made is None else Triple(made[0], triple.prompt, made[1], made[1:])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -89,7 +92,7 @@ def test_a_few_answers_are_no_choice():
     ],
 )
 def test_a_form_is_how_it_is_asked_and_how_the_answer_looks(prompt, answer, wanted):
-    assert form(Triple("", prompt, answer, ())) == wanted
+    assert form(prompt, answer) == wanted
 
 
 def test_training_asks_about_the_text_that_says_otherwise(base):

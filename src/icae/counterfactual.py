@@ -1,6 +1,6 @@
 """Questions whose answers cannot be known by heart: where its answer stands, a context is made to say something else.
 
-    triple, what other questions are answered with -> the same question, a context with another answer in it, that answer
+    context, prompt, answer, what other prompts are answered with -> a context with another answer in it, that answer
 
 An encoder that sees some thousand contexts again and again learns their answers instead of learning to read: measured in docs/log.md.
 Another answer of the same form, to a question that begins alike, takes the right one's place wherever the context has it (entity
@@ -11,13 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from icae.triples import Triple
 
 FEWEST = 8
 """Different answers of a form that there must be: fewer could be learned by heart as well."""
@@ -29,36 +24,38 @@ _PIECE = re.compile(r"\d+|[^\W\d]+|\S")
 
 
 class OtherAnswers:
-    """What the questions of a data set are answered with, by form."""
+    """What the prompts of a data set are answered with, by form."""
 
-    def __init__(self, triples: Iterable[Triple]):
+    def __init__(self, asked: Iterable[tuple[str, str, str]]):
+        """Sort the answers of (context, prompt, answer); those that do not stand in their contexts are passed over."""
         found: dict[tuple[str, ...], dict[str, None]] = {}
-        for t in triples:
-            if standing(t.response, t.context):
-                found.setdefault(form(t), {})[t.response] = None
+        for context, prompt, answer in asked:
+            if standing(answer, context):
+                found.setdefault(form(prompt, answer), {})[answer] = None
         self.by_form = {key: list(answers) for key, answers in found.items() if len(answers) >= FEWEST}
 
-    def swapped(self, triple: Triple, chance: np.random.Generator) -> Triple:
-        """Return the question with another answer, drawn by `chance`, in its context; the triple as it is where none fits."""
-        old, others = triple.response, self.by_form.get(form(triple), [])
-        if not others or not standing(old, triple.context) or standing(old, triple.prompt):
-            return triple
+    def swapped(self, context: str, prompt: str, answer: str, chance: np.random.Generator) -> tuple[str, str] | None:
+        """Return the context with another answer in it, drawn by `chance`, and that answer; none where none fits."""
+        shape = form(prompt, answer)
+        others = self.by_form.get(shape, [])
+        if not others or not standing(answer, context) or standing(answer, prompt):
+            return None
         new = others[int(chance.integers(len(others)))]
-        instead = {old: new}
-        if form(triple)[0] in _PEOPLE and len(old.split()) > 1:  # people are called by their last names, too
-            last, other = old.split()[-1], new.split()[-1]
-            if last[:1].isupper() and other[:1].isupper() and not standing(last.lower(), triple.prompt.lower()):
+        instead = {answer: new}
+        if shape[0] in _PEOPLE and len(answer.split()) > 1:  # people are called by their last names, too
+            last, other = answer.split()[-1], new.split()[-1]
+            if last[:1].isupper() and other[:1].isupper() and not standing(last.lower(), prompt.lower()):
                 instead[last] = other
-        context = _whole(*instead).sub(lambda found: instead[found.group()], triple.context)
-        if standing(new, triple.context) or standing(new, triple.prompt) or not standing(new, context):
-            return triple
-        return replace(triple, context=context, response=new, answers=(new,))
+        changed = _whole(*instead).sub(lambda found: instead[found.group()], context)
+        if standing(new, context) or standing(new, prompt) or not standing(new, changed):
+            return None
+        return changed, new
 
 
-def form(triple: Triple) -> tuple[str, ...]:
-    """Return what a question asks by, and how its answer looks: ("when", "A", "00", ",", "0000") for "June 12, 1931"."""
-    asks = _ASKS.search(triple.prompt.lower())
-    return asks.group() if asks else "", *map(_look, _PIECE.findall(triple.response))
+def form(prompt: str, answer: str) -> tuple[str, ...]:
+    """Return what a prompt asks by, and how its answer looks: ("when", "A", "00", ",", "0000") for "June 12, 1931"."""
+    asks = _ASKS.search(prompt.lower())
+    return asks.group() if asks else "", *map(_look, _PIECE.findall(answer))
 
 
 def standing(answer: str, text: str) -> bool:

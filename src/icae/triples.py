@@ -271,7 +271,7 @@ class Triples(Dataset):
         """Say how many prompts another answer fits, and refuse where there is none."""
         triples = [t for pool in self.pools for t in pool.triples]
         chance = np.random.default_rng(0)
-        fitting = sum(self._answers.swapped(t, chance) is not t for t in triples)
+        fitting = sum(self._swapped(t, chance) is not t for t in triples)
         if not fitting:
             raise ICAEError(
                 f"counterfactual: of {len(triples)} prompts none has an answer that stands in its context and is of the same form as "
@@ -296,7 +296,7 @@ class Triples(Dataset):
             return self.replay.sample(index, turn=math.floor(index * self.train.pretrain_share))
         t, encode, tokenizer = self.train, self.base.encode, self.base.tokenizer
         chance = np.random.default_rng([t.seed, 8, index])
-        triple = self._answers.swapped(asked, chance) if chance.random() < t.counterfactual else asked
+        triple = self._swapped(asked, chance) if chance.random() < t.counterfactual else asked
         if (room := self._room(triple)) < 1:  # a longer answer stands in the context now
             triple, room = asked, self._room(asked)
         prompt = chat_prompt(tokenizer, triple.prompt)
@@ -317,7 +317,12 @@ class Triples(Dataset):
 
     @cached_property
     def _answers(self) -> OtherAnswers:
-        return OtherAnswers(triple for pool in self.pools for triple in pool.triples)
+        return OtherAnswers((t.context, t.prompt, t.response) for pool in self.pools for t in pool.triples)
+
+    def _swapped(self, triple: Triple, chance: np.random.Generator) -> Triple:
+        """Return a triple whose context says something else; as it is where no other answer fits."""
+        found = self._answers.swapped(triple.context, triple.prompt, triple.response, chance)
+        return triple if found is None else replace(triple, context=found[0], response=found[1], answers=found[1:])
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""
