@@ -56,7 +56,7 @@ def qa(
     Returns
     -------
     dict
-        `n`, `left_out` (questions with too long a context for a side), `budget` (mean slots a context); for each
+        `n`, `left_out` (questions that some side leaves no room for an answer to), `budget` (mean slots a context); for each
         side `f1_*` and `rouge1_*` (means, best over the answers) and `f1_*_interval`; for each other side `f1_slots_minus_*` and its
         interval, paired; intervals are bootstrap 95%.
     list of dict
