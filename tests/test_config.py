@@ -30,7 +30,6 @@ from icae.errors import ICAEError
         (TrainConfig, {"objective": "learn"}, "objective must be one of pretrain, instruct"),
         (TrainConfig, {"objective": "instruct", "replay": "texts"}, "pretrain_share=0.3"),
         (TrainConfig, {"objective": "instruct", "teacher": "runs/full-text"}, "distil=0.5"),
-        (TrainConfig, {"counterfactual": 2}, "counterfactual must be at most 1"),
         (ICAEConfig, {"lora_targets": "q_proj"}, "lora_targets must be a list"),
         (ICAEConfig, {"lora_dropout": 1.5}, "lora_dropout"),
         (ICAEConfig, {"lora_alpha": 0}, "lora_alpha"),

@@ -34,7 +34,6 @@ LEVELS = {
     "grounding": 0,
     "beginnings": 0,
     "overlap": 0,
-    "counterfactual": 0,
     "stepwise": 0,
     "model": 9,
     "checkpoint": 10,

@@ -266,12 +266,6 @@ class TrainConfig(_Config):
         "When fine-tuning: prompts a context is asked in a row, the data's first about it and others; its slots are written once.",
         least=1,
     )
-    counterfactual: float = setting(
-        0.0,
-        "When fine-tuning: the share of prompts whose answer another one replaces, in the context, too (counterfactual.py).",
-        least=0,
-        most=1,
-    )
     distractors: int = setting(0, "When fine-tuning: most other documents put around a context, each as slots of its own.", least=0)
     distractor_share: float = setting(
         0.5, "When fine-tuning: the share of samples that get distractors, where there are any.", least=0, most=1

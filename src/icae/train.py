@@ -315,7 +315,7 @@ def make_data(train: TrainConfig, base: Base, config: ICAEConfig, processes: int
     if train.held_out is None:
         return samples, None
     pools = load_pools(train.held_out, base, **limits)
-    plain = train.replace(pretrain_share=0.0, replay=None, seed=20_240, distractors=0, counterfactual=0.0, ratios=None)
+    plain = train.replace(pretrain_share=0.0, replay=None, seed=20_240, distractors=0, ratios=None)
     return samples, torch.utils.data.Subset(Triples(pools, base, config, plain), range(min(train.eval_samples, len(pools[0].triples))))
 
 

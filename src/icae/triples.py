@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 from icae.base import Base
 from icae.chat import chat_prompt, chat_response, full_text
 from icae.config import ICAEConfig, TrainConfig
-from icae.counterfactual import FEWEST, OtherAnswers
 from icae.data import Windows, check_whole, drawn_ratio, takes
 from icae.errors import ICAEError
 from icae.objectives import Example, instruction, pieces
@@ -264,20 +263,6 @@ class Triples(Dataset):
         for triple in (t for pool in pools for t in pool.triples):  # what would fail in the middle of a run is refused at its start
             if len(triple.context.encode()) + len(triple.prompt.encode()) + _TEMPLATE > base.max_positions and self._room(triple) < 1:
                 raise ICAEError(f"a context and its prompt leave no position for a response: {triple.prompt[:60]!r}; lower context_length")
-        if train.counterfactual:
-            self._count_swappable()
-
-    def _count_swappable(self) -> None:
-        """Say how many prompts another answer fits, and refuse where there is none."""
-        triples = [t for pool in self.pools for t in pool.triples]
-        chance = np.random.default_rng(0)
-        fitting = sum(self._swapped(t, chance) is not t for t in triples)
-        if not fitting:
-            raise ICAEError(
-                f"counterfactual: of {len(triples)} prompts none has an answer that stands in its context and is of the same form as "
-                f"{FEWEST} others; counterfactual=0"
-            )
-        print(f"another answer fits {fitting} of {len(triples)} prompts", file=sys.stderr)
 
     def __len__(self) -> int:
         """Return the samples of the whole run."""
@@ -290,20 +275,17 @@ class Triples(Dataset):
 
     def __getitem__(self, index: int) -> Example:
         """Return sample `index`."""
-        asked = self._triple(index)
-        if asked is None:
+        triple = self._triple(index)
+        if triple is None:
             assert self.replay is not None
             return self.replay.sample(index, turn=math.floor(index * self.train.pretrain_share))
         t, encode, tokenizer = self.train, self.base.encode, self.base.tokenizer
-        chance = np.random.default_rng([t.seed, 8, index])
-        triple = self._swapped(asked, chance) if chance.random() < t.counterfactual else asked
-        if (room := self._room(triple)) < 1:  # a longer answer stands in the context now
-            triple, room = asked, self._room(asked)
         prompt = chat_prompt(tokenizer, triple.prompt)
         response = chat_response(tokenizer, triple.response)[: t.response_length]
         drawn = drawn_ratio(t, index // self.samples_a_step)
         ratio = drawn or self.config.ratio
         example = instruction(encode(triple.context), prompt, response, self.config.segment_length, ratio)
+        room = self.base.max_positions - len(prompt) - sum(map(len, example.segments)) - self.config.marker_length
         response, room = response[:room], room - len(response)
         example = replace(example, target=response)
         teacher: list[int] = []
@@ -311,18 +293,9 @@ class Triples(Dataset):
             teacher = self.base.prompted(full_text(triple.context, triple.prompt))
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
-        segments = self._among_others(index, asked, example.segments, room, ratio)
+        segments = self._among_others(index, triple, example.segments, room, ratio)
         by_tutor = not triple.teacher.startswith(self.base.byline)  # how its own response goes on, the base itself knows best
         return replace(example, segments=segments, teacher=teacher, by_tutor=by_tutor, distil=t.distil, align=t.align, ratio=drawn)
-
-    @cached_property
-    def _answers(self) -> OtherAnswers:
-        return OtherAnswers((t.context, t.prompt, t.response) for pool in self.pools for t in pool.triples)
-
-    def _swapped(self, triple: Triple, chance: np.random.Generator) -> Triple:
-        """Return a triple whose context says something else; as it is where no other answer fits."""
-        found = self._answers.swapped(triple.context, triple.prompt, triple.response, chance)
-        return triple if found is None else replace(triple, context=found[0], response=found[1], answers=found[1:])
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""
