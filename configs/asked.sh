@@ -1,5 +1,5 @@
-# Questions for `icae finetune configs/kv-4x-answers.yaml`. Before it: `python configs/technical.py runs/technical`, and the base tuned with
-# the full text, `python benchmarks/full_text_qa.py train configs/kv-4x.yaml output=runs/full-text`; beside it `sh configs/general.sh`.
+# Questions for `icae finetune configs/kv-4x-answers.yaml`. Before it: `python configs/technical.py runs/technical`, `sh configs/cloze.sh`, and
+# the base tuned with the full text, `python benchmarks/full_text_qa.py train configs/kv-4x.yaml output=runs/full-text`; beside it `sh configs/general.sh`.
 # On an accelerator, `DEVICE=cuda TOGETHER=512 sh configs/asked.sh` (docs/log.md tells how long that took).
 set -e
 device=${DEVICE:-cpu}
