@@ -46,7 +46,9 @@ def reproduce(
     judge_url: Annotated[str | None, _path("--judge-url", "Its OpenAI-compatible endpoint. [default: OPENAI_BASE_URL]")] = None,
     rival: Annotated[list[str] | None, _path("--rival", "Model at that endpoint to compare answers with; may be repeated.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
-    dtype: Annotated[str, typer.Option("--dtype", help="What the base is kept in: float32, bfloat16, float16, or auto (as stored).")] = "float32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="What the base is kept in: float32, bfloat16, float16, or auto (as stored).")
+    ] = "float32",
     jobs: Annotated[
         int | None, _path("--jobs", "Processes of one thread that work side by side. [default: as many as cores; on accelerators 1]")
     ] = None,
