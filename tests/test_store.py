@@ -160,6 +160,16 @@ def test_a_name_that_moves_on_leaves_nothing_behind(store):
     assert [e.name for e in store.entries()] == ["a"]
 
 
+def test_slots_polished_at_other_rates_are_made_anew(store, monkeypatch):
+    polished, plain = Fake(polish=1), Fake()
+    before = [store.add(maker, text_of(0), name) for maker, name in ((polished, "a"), (plain, "b"))]
+    monkeypatch.setattr("icae.store.POLISH_RATES", {"embeddings": 0.5})
+    after = [store.add(maker, text_of(0), name) for maker, name in ((polished, "a"), (plain, "b"))]
+    assert after[0].fresh == before[0].fresh and after[0].entry.entry != before[0].entry.entry
+    assert after[1].fresh == 0 and after[1].entry.entry == before[1].entry.entry
+    assert not [problem for problem in store.verify() if problem]
+
+
 @pytest.mark.parametrize("change", [{"adapter": "b"}, {"segment_length": 16}, {"polish": 1}])
 def test_another_maker_makes_another_content(store, change):
     one, two = store.add(Fake(), text_of(0), "a"), store.add(Fake(**change), text_of(0), "b")

@@ -27,13 +27,13 @@ from icae.base import cache_folder
 from icae.blobs import DTYPES, open_blobs, pack, unpack
 from icae.catalogue import KEY, Blob, Busy, Catalogue, Entry
 from icae.chapters import chapters
-from icae.config import FORMAT_VERSION
+from icae.config import FORMAT_VERSION, POLISH_RATES
 from icae.errors import ICAEError, StorageError
 from icae.segments import check_ratio, cut
 from icae.slots import MemorySlots, Origin
 from icae.stepwise import finished, saying
 
-DECISIVE = ("base_fingerprint", "adapter", "kind", "ratio", "layout", "polish", "segment_length", "dtype")
+DECISIVE = ("base_fingerprint", "adapter", "kind", "ratio", "layout", "polish", "polish_rates", "segment_length", "dtype")
 """What decides, beside the token ids, which slots a chapter becomes."""
 ORPHAN_SECONDS = 3600
 """Age at which a file that no row lists is taken for a dead writer's, in seconds."""
@@ -159,7 +159,9 @@ class SlotStore:
         length, ratio = model.config.segment_length, model.config.ratio if ratio is None else ratio
         newlines = {i: n for i in set(ids) if (n := model.base.decode([i]).count("\n"))}
         rows = [ids[a:b] for a, b in chapters(ids, length, newlines)]
-        about = {**dataclasses.asdict(model.origin_at(ratio)), "segment_length": length, "dtype": dtype}
+        origin = model.origin_at(ratio)
+        rates = POLISH_RATES if origin.polish else {}
+        about = {**dataclasses.asdict(origin), "polish_rates": rates, "segment_length": length, "dtype": dtype}
         keys = [blob_key(row, about) for row in rows]
         content = content_hash(keys)
         todo, fresh = {k: row for k, row in zip(keys, rows, strict=True)}, {}
