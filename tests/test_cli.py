@@ -241,7 +241,13 @@ def test_of_a_cut_off_evaluation_the_answers_remain(icae, checkpoint, monkeypatc
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--sides", "slot"], "deleted"), (["--responses", "t.jsonl"], "the data itself"), (["--seed", "-1"], "--seed")],
+    [
+        (["--sides", "slot"], "deleted"),
+        (["--responses", "t.jsonl"], "the data itself"),
+        (["--responses", "."], "folder"),
+        (["--save", "."], "folder"),
+        (["--seed", "-1"], "--seed"),
+    ],
 )
 def test_a_mistake_in_the_options_costs_no_file(icae, checkpoint, options, words):
     Path("t.jsonl").write_text(row := json.dumps({"input": tiny.LINES[0], "prompt": "What?", "answer": "x"}))

@@ -72,11 +72,13 @@ def make_room(path: str | Path) -> Path:
     Raises
     ------
     ICAEError
-        If the folder cannot be made or written to.
+        If the folder cannot be made or written to, or there is another one in the file's place.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, f"{path.name} is a folder")
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(0, "permission denied")
     except OSError as error:

@@ -288,9 +288,12 @@ def _lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
         opened: list[TextIO] = []
 
         def write(row: dict[str, Any]) -> None:
-            if not opened:
-                opened.append(stack.enter_context(open(path, "w", encoding="utf-8", buffering=1)))
-            opened[0].write(_line(row))
+            try:
+                if not opened:
+                    opened.append(stack.enter_context(open(path, "w", encoding="utf-8", buffering=1)))
+                opened[0].write(_line(row))
+            except OSError as error:
+                raise ICAEError(f"could not write {path}: {error.strerror}") from error
 
         yield write
 

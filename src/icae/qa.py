@@ -262,8 +262,9 @@ def _positions(model: ICAE, t: Triple, sides: Sequence[str], ratio: int) -> int:
             read = min(read, model.config.focus * model.config.segment_length)
         longest = max(longest, read + model.config.marker_length + len(model.base.prompted(t.prompt, alone=False)))
     if {"cut", "deleted", "none"} & set(sides):
-        kept = sum(slot_count(b - a, ratio) for a, b in cut(len(model.base.encode(t.context)), model.config.segment_length, ratio))
-        kept *= bool({"cut", "deleted"} & set(sides))
+        kept = 0
+        if {"cut", "deleted"} & set(sides):
+            kept = sum(slot_count(b - a, ratio) for a, b in cut(len(model.base.encode(t.context)), model.config.segment_length, ratio))
         longest = max(longest, kept + len(model.base.prompted(full_text("", t.prompt))))
     return longest
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from icae.data import check_whole
 from icae.errors import ICAEError
 from icae.pwc.passages import digest
 
@@ -122,12 +123,11 @@ def replied(reply: str) -> list[tuple[str, str, str]]:
         return []
     found = []
     for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and all(isinstance(row.get(name), str) and _whole(row[name]) for name in ("prompt", "answer")):
+        if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("prompt", "answer")):
+            try:
+                check_whole(row["prompt"] + row["answer"])
+            except ValueError:
+                continue
             kind = row.get("kind")
             found.append((kind if isinstance(kind, str) and kind in GENERAL else "specific", row["prompt"], row["answer"]))
     return found
-
-
-def _whole(text: str) -> bool:
-    """Tell whether a text is Unicode: JSON may hold half a character."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
