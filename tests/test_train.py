@@ -1,14 +1,17 @@
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import LINES, make_icae, one_line, save_base
 
+import icae.callbacks
 import icae.matmul
 import icae.train
 import icae.triples
@@ -376,31 +379,38 @@ def test_fine_tuning_settings_that_cannot_be_are_refused(settings, config, quest
         one_line(error.value, words)
 
 
-def test_minutes_end_a_run_and_its_schedule_before_its_steps_do(settings, config):
+@pytest.fixture
+def ticking(monkeypatch):
+    """A clock that is half a second on whenever it is looked at."""
+    ticks = itertools.count()
+    monkeypatch.setattr(icae.callbacks, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 2))
+
+
+def test_minutes_end_a_run_and_its_schedule_before_its_steps_do(settings, config, ticking):
     folder = train(settings, config, steps=10**6, minutes=0.08, save_steps=10**6)
     rates = [row["learning_rate"] for row in history(folder) if "loss" in row]
-    assert 3 < len(rates) < 10**5
+    assert history(folder)[-1]["step"] == 10
     assert rates[-1] < 0.3 * max(rates)
 
 
 @pytest.mark.parametrize("kind", ["kv"])
-def test_a_run_whose_minutes_are_over_is_left_as_it_is(settings, config, kind):
-    more = {"steps": 10**6, "minutes": 0.05, "save_steps": 10**6, "log_steps": 3}
+def test_a_run_whose_minutes_are_over_is_left_as_it_is(settings, config, kind, ticking):
+    more = {"steps": 10**6, "minutes": 0.05, "save_steps": 10**6, "log_steps": 4}
     folder = train(settings, config, **more)
     before, adapter = history(folder)[-1], tensors(folder)
-    assert before["minutes"] >= 0.05 and (folder / f"checkpoint-{before['step']}").is_dir()
+    assert (before["minutes"], before["step"]) == (0.05, 6) and (folder / "checkpoint-6").is_dir()
     train(settings, config, **more)
-    assert history(folder)[-1]["step"] == before["step"]
+    assert history(folder)[-1]["step"] == 6
     assert all(torch.equal(t, adapter[name]) for name, t in tensors(folder).items())
 
 
 @pytest.mark.parametrize("kind", ["kv"])
-def test_a_run_taken_up_again_has_only_the_minutes_that_are_left(settings, config, kind):
+def test_a_run_taken_up_again_has_only_the_minutes_that_are_left(settings, config, kind, ticking):
     more = {"steps": 10**6, "save_steps": 10**6, "log_steps": 1}
-    folder = train(settings, config, minutes=0.03, **more)
-    before = history(folder)[-1]["minutes"]
-    train(settings, config, minutes=0.12, **more)
-    assert before < 0.12 <= history(folder)[-1]["minutes"] < before + 0.12
+    folder = train(settings, config, minutes=0.05, **more)
+    assert history(folder)[-1]["step"] == 6
+    train(settings, config, minutes=0.1, **more)
+    assert (history(folder)[-1]["minutes"], history(folder)[-1]["step"]) == (0.1, 12)
     assert [row["learning_rate"] for row in history(folder) if "loss" in row][-1] < 0.1 * settings["learning_rate"]
 
 
@@ -435,3 +445,4 @@ def test_processes_end_together_as_the_same_model(settings, config, tmp_path):
     one, two = (Path(f"{settings['output']}-{rank}").read_text() for rank in range(2))
     assert len(one) == 64
     assert one == two
+    assert history(Path(settings["output"]))[-1]["minutes"] >= 0.05  # as both read it, or the first would go on if taken up again

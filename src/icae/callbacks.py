@@ -19,13 +19,13 @@ class Clock(TrainerCallback):
 
     def __init__(self, train: TrainConfig) -> None:
         self.steps, self.minutes = train.steps, train.minutes
-        self.step = 0
-        """The step that a run is at that takes all its steps in its minutes, as all processes read it before their last update."""
+        self.spent = 0.0
+        """Minutes that the run has taken, to a millionth, as all processes read them before their last update."""
         self._before = self._begin = 0.0
 
     def go_on(self, minutes: float) -> None:
         """Count on from the minutes that the run had spent before it was taken up again."""
-        self._before, self.step = minutes, self._step(minutes)
+        self._before = self.spent = minutes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to count."""
@@ -33,8 +33,8 @@ class Clock(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at the time, once an update."""
-        if self.minutes is not None:
-            self.step = agreed(self._step(self._before + (time.monotonic() - self._begin) / 60), args.device)
+        spent = round(1e6 * (self._before + (time.monotonic() - self._begin) / 60))
+        self.spent = (spent if self.minutes is None else agreed(spent, args.device)) / 1e6
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop, with a line of the log and a checkpoint, where the minutes are over."""
@@ -44,10 +44,12 @@ class Clock(TrainerCallback):
     @property
     def over(self) -> bool:
         """Whether the minutes are."""
-        return self.minutes is not None and self.step == self.steps
+        return self.minutes is not None and self.spent >= self.minutes
 
-    def _step(self, minutes: float) -> int:
-        return 0 if self.minutes is None else min(self.steps, int(self.steps * minutes / self.minutes))
+    @property
+    def step(self) -> int:
+        """The step that a run is at that takes all its steps in its minutes."""
+        return 0 if self.minutes is None else min(self.steps, int(self.steps * self.spent / self.minutes))
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import time
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -78,13 +77,14 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
         data_collator=collate,
         optimizers=(optimizer, _schedule(optimizer, train, clock)),
         callbacks=[clock, interrupt],
+        clock=clock,
     )
     last = _last_checkpoint(output)
     if last is not None and not resume:
         raise ICAEError(f"{output} holds checkpoints of another run; name another output, or remove them, to begin afresh")
     if last is not None:
         trainee.check(Path(last))
-        clock.go_on(trainer.go_on_counting(Path(last)))
+        trainer.go_on_counting(Path(last))
         _tell_changes(output / _SETTINGS, train, quiet=not arguments.should_save)
     if arguments.should_save:
         write_atomically(output / _SETTINGS, (json.dumps(train.to_dict(), indent=2) + "\n").encode())
@@ -216,29 +216,29 @@ class ICAETrainer(Trainer):
     lr_scheduler: Any
     context_tokens = 0
     """Context tokens that all processes have compressed, each shared segment once."""
-    _before = 0.0
-    _begin: float | None = None
+
+    def __init__(self, *args: Any, clock: Clock, **kwargs: Any) -> None:
+        self.clock = clock
+        super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Count the batch's context tokens, and learn from it."""
-        self._begin = self._begin or time.monotonic()
         self.context_tokens += sum(inputs["lengths"]) * self.args.world_size
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Write a line of the log, with what the run has cost so far: context tokens and minutes."""
-        minutes = self._before + (time.monotonic() - (self._begin or time.monotonic())) / 60
-        super().log({**logs, "context_tokens": self.context_tokens, "minutes": round(minutes, 6)}, *args, **kwargs)
+        super().log({**logs, "context_tokens": self.context_tokens, "minutes": self.clock.spent}, *args, **kwargs)
 
-    def go_on_counting(self, checkpoint: Path) -> float:
-        """Take up the counts of a checkpoint's last line in the log, and return its minutes; those of the updates behind it are lost."""
+    def go_on_counting(self, checkpoint: Path) -> None:
+        """Take up the counts of a checkpoint's last line in the log; those of the updates behind it are lost."""
         try:
             lines = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(checkpoint) from error
         if lines:
-            self.context_tokens, self._before = lines[-1].get("context_tokens", 0), lines[-1].get("minutes", 0.0)
-        return self._before
+            self.context_tokens = lines[-1].get("context_tokens", 0)
+            self.clock.go_on(lines[-1].get("minutes", 0.0))
 
     def get_train_dataloader(self) -> Any:
         """Leave batches on the CPU: the model moves what its passes need, and nothing that is counted has to come back."""
