@@ -100,8 +100,6 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     if trainer.is_world_process_zero():
         trainee.save(output)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
-    trainer.accelerator.wait_for_everyone()  # of several processes none leaves while another still writes
-    trainer.accelerator.end_training()
     return output
 
 
