@@ -79,7 +79,7 @@ def main() -> None:
         seen, pieces = set(), {"train": [], "dev": []}
         for text in kind():
             digest = hashlib.sha256(text.encode("utf-8", "ignore")).digest()
-            if len(text) > 400 and digest not in seen and sum(map(len, pieces["train"])) < MOST:
+            if len(text) > 400 and "\0" not in text and digest not in seen and sum(map(len, pieces["train"])) < MOST:
                 seen.add(digest)
                 pieces["train" if digest[0] % 12 else "dev"].append(text)
         for part, texts in pieces.items():
