@@ -1,14 +1,18 @@
 import json
+from functools import partial
 
 import numpy as np
 import pytest
-from tiny import LINES, load_script, make_icae, one_line
+from tiny import LINES, load_script, make_icae, one_line, save_base
 
+from icae.base import load_base
 from icae.baselines import cut_off, delete_by_surprise
 from icae.chat import full_text
 from icae.errors import ICAEError
 from icae.metrics import token_f1
+from icae.model import ICAE
 from icae.qa import PLACES, SIDES, documents, drawn, places, qa
+from icae.shares import qa_side_by_side
 from icae.slots import MemorySlots
 from icae.triples import Triple
 
@@ -49,6 +53,21 @@ def test_rows_are_heard_as_soon_as_all_sides_answered(base, ask):
         **fits,
     )
     assert sorted(heard, key=str) == sorted(rows, key=str) and done == [3, 6, 8]
+
+
+def test_questions_shared_out_among_processes_have_the_same_answers_and_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr("icae.shares.QUESTIONS", 3)
+    base = load_base(str(save_base(tmp_path / "base")))
+    model = make_icae(base, stirred=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    begin = partial(ICAE.from_pretrained, tmp_path / "adapter", base=str(tmp_path / "base"))
+    long = Triple(" ".join(LINES * 40), "Question?", "bell", ("bell",))
+    asked, how = [*TRIPLES, long], {"sides": ["slots", "none"], "max_new_tokens": 3}
+    heard, done = [], []
+    results, rows = qa_side_by_side(begin, asked, jobs=2, heard=heard.append, progress=lambda n, of: done.append((n, of)), **how)
+    alone, expected = qa(model, asked, **how)
+    assert rows == expected == heard and done == [(3, 9), (6, 9), (9, 9)]
+    assert results == {**alone, "budget": pytest.approx(alone["budget"])}
 
 
 def test_what_no_side_could_read_whole_is_left_out_and_counted(base):

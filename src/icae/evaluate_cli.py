@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -118,6 +119,7 @@ def evaluate_qa(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes of one thread each that share the questions; 1: this one alone.")] = 1,
     responses: Responses = None,
     save: Save = None,
     as_json: Json = False,
@@ -127,8 +129,15 @@ def evaluate_qa(
 
     settings = {"sides": [side.strip() for side in sides.split(",")], "ratio": ratio, "max_new_tokens": max_tokens}
     own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
-    loading = {"model": model, "base": base, "device": device} | own
-    _evaluate_qa("qa", qa, data, samples, seed, loading, responses, save, as_json, **settings)
+    loading: dict[str, Any] = {"model": model, "base": base, "device": device} | own
+    ask: Callable[..., Any] = qa
+    if jobs > 1:
+        from icae.shares import qa_side_by_side
+
+        def ask(_: Any, triples: Any, **how: Any) -> Any:
+            return qa_side_by_side(partial(load_model, **loading), triples, jobs=jobs, **how)
+
+    _evaluate_qa("qa", ask, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
 @app.command("qa-documents")

@@ -105,7 +105,18 @@ def qa(
                 rows[i][side] = response
         _tell([rows[i] for i in chosen], sum(sides[-1] in row for row in rows), len(rows), progress, heard)
     results: dict[str, Any] = {"n": len(rows), "left_out": asked_for - len(rows)} | ({"budget": float(np.mean(counts))} if counts else {})
-    return results | _figures(rows, triples, sides), rows
+    return results | _figures(rows, sides), rows
+
+
+def merged(
+    parts: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], sides: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return what `qa` would have found of all the questions whose parts it was asked."""
+    rows = [row for _, found in parts for row in found]
+    results: dict[str, Any] = {name: sum(about[name] for about, _ in parts) for name in ("n", "left_out")}
+    if "budget" in parts[0][0]:
+        results["budget"] = sum(about["budget"] * about["n"] for about, _ in parts) / results["n"]
+    return results | _figures(rows, sides), rows
 
 
 def documents(
@@ -158,7 +169,7 @@ def documents(
             for i, response in zip(chosen, made, strict=True):
                 rows[i][side] = response
         _tell([rows[i] for i in chosen], sum("several" in row for row in rows), len(rows), progress, heard)
-    results = {"n": len(rows), "documents": count} | _figures(rows, triples, ("one", "several"))
+    results = {"n": len(rows), "documents": count} | _figures(rows, ("one", "several"))
     results["several_over_one"] = results["f1_several"] / max(results["f1_one"], 1e-9)
     for name, place in (("first", 0), ("last", count - 1)):
         here = [token_f1(row["several"], row["answers"]) for row in rows if row["place"] == place]
@@ -242,9 +253,8 @@ def places(
                 for i, response in zip(chosen, made, strict=True):
                     rows[i][f"{side}_{place}"] = response
         _tell([rows[i] for i in chosen], sum(names[-1] in row for row in rows), len(rows), progress, heard)
-    results: dict[str, Any] = {"n": len(rows), "left_out": asked_for - len(rows), "length": length, "whole": whole} | _figures(
-        rows, triples, names
-    )
+    results: dict[str, Any] = {"n": len(rows), "left_out": asked_for - len(rows), "length": length, "whole": whole}
+    results |= _figures(rows, names)
     for side in sides:
         found = [results[f"f1_{side}_{place}"] for place in PLACES]
         results[f"worst_over_best_{side}"] = min(found) / max(*found, 1e-9)
@@ -277,12 +287,12 @@ def drawn(triples: Sequence[Triple], samples: int | None, seed: int) -> list[Tri
     return [triples[int(i)] for i in sorted(chosen)]
 
 
-def _figures(rows: Sequence[dict[str, Any]], triples: Sequence[Triple], sides: Sequence[str]) -> dict[str, Any]:
+def _figures(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> dict[str, Any]:
     """Return means, intervals and paired differences of each side's responses."""
-    f1 = {side: [token_f1(row[side], t.answers) for row, t in zip(rows, triples, strict=True)] for side in sides}
+    f1 = {side: [token_f1(row[side], row["answers"]) for row in rows] for side in sides}
     results: dict[str, Any] = {}
     for side in sides:
-        shared = [max(rouge1(row[side], a) for a in t.answers) for row, t in zip(rows, triples, strict=True)]
+        shared = [max(rouge1(row[side], a) for a in row["answers"]) for row in rows]
         results[f"f1_{side}"], results[f"rouge1_{side}"] = float(np.mean(f1[side])), float(np.mean(shared))
         results[f"f1_{side}_interval"] = interval(f1[side])
     if "slots" in f1:

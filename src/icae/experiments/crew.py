@@ -5,7 +5,6 @@ What shares readings, questions or windows stays together, in one process. What 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -16,10 +15,10 @@ from typing import Any
 from icae.experiments import EXPERIMENTS
 from icae.experiments.context import Context
 from icae.experiments.runner import check, reproduce
+from icae.shares import single_threads
 
 GROUPS = (("fig4", "fig5", "table2", "memory"), ("table3", "table6"), ("qa", "table4", "table5"), ("fig6",), ("table1",))
 """The longest first."""
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 _own: list[Context] = []
 
@@ -56,14 +55,8 @@ def side_by_side(
     groups = [chosen for group in GROUPS if (chosen := [n for n in group if n in wanted])]
     if jobs < 2 or len(groups) < 2:
         return reproduce(context, wanted, **settings)
-    before = {name: os.environ.get(name) for name in ONE_THREAD}
-    os.environ |= ONE_THREAD  # what the processes inherit
-    try:
-        with ProcessPoolExecutor(min(jobs, len(groups)), get_context("spawn"), _open, (begin,)) as pool:
-            outcomes = list(pool.map(partial(_reproduce, settings), groups))
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with single_threads(), ProcessPoolExecutor(min(jobs, len(groups)), get_context("spawn"), _open, (begin,)) as pool:
+        outcomes = list(pool.map(partial(_reproduce, settings), groups))
     outcome = {name: how for part in outcomes for name, how in part.items()}
     if alone := [n for n in wanted if n not in outcome]:
         outcome |= reproduce(context, alone, **settings)
