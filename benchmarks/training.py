@@ -1,13 +1,14 @@
-"""Context tokens a second in training, side by side: the plain path, ours, and ours in two processes of one thread each.
+"""Context tokens a second in training, side by side: the plain path, ours, ours in two processes of one thread each, and in bfloat16.
 
     python benchmarks/training.py [--length 128] [--batch 4] [--rounds 5] [--out results/training-speed.json]
 
 plain      two full passes with everything differentiated: the base's own weights too, torch's matrix product, all threads
 saved      only what training needs: frozen weights, the faster matrix product (matmul.py), all threads
 processes  the same, in one process a core with one thread each, which average their gradients after each step, as torchrun does
+bfloat16   such processes with few large products in bfloat16 and compiled loops (lean.py), for CPUs that have units for these
 
 The sides take turns, each for one step a round, on the same samples; medians are printed, with the operations of a step by the cost model
-(cost.py), the rate that they imply, and the loss, which is the same on every side but for rounding.
+(cost.py), the rate that they imply, and the loss, which is the same on every side but for rounding (of bfloat16: to two or three digits).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-SIDES = ("plain", "saved", "processes")
+SIDES = ("plain", "saved", "processes", "bfloat16")
+SHARED = ("processes", "bfloat16")
 
 
 def work(side: str, rank: int, threads: int, options: argparse.Namespace, meeting: str, pipe: Any) -> None:
@@ -30,15 +32,19 @@ def work(side: str, rank: int, threads: int, options: argparse.Namespace, meetin
     import numpy as np
     import torch
 
+    from icae.base import load_base
     from icae.data import load_corpus
     from icae.matmul import fast_linear
     from icae.model import ICAE
     from icae.objectives import autoencoding, collate
 
     torch.set_num_threads(threads)
-    if side == "processes":
+    if side in SHARED:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.processes)
-    model = ICAE.from_pretrained().train()
+    dtype = torch.bfloat16 if side == "bfloat16" else torch.float32
+    model = ICAE.from_pretrained(base=load_base(dtype=dtype)).train()
+    if side == "bfloat16":
+        model.encoder.train_lean(compiled=True)
     corpus = load_corpus(options.text, model.base)
     for p in model.base.model.parameters():
         p.requires_grad_(side == "plain")
@@ -51,7 +57,7 @@ def work(side: str, rank: int, threads: int, options: argparse.Namespace, meetin
         begin = time.perf_counter()
         loss = model(**batch)["loss"]
         loss.backward()
-        if side == "processes":
+        if side in SHARED:
             grads = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
             torch.distributed.all_reduce(grads)
         seconds = time.perf_counter() - begin
@@ -61,7 +67,8 @@ def work(side: str, rank: int, threads: int, options: argparse.Namespace, meetin
         return seconds, float(loss.detach())
 
     def answer() -> None:
-        step(10**6)  # the first one warms up
+        for warming in range(2):  # the second one's gradients are compiled for every shape
+            step(10**6 + warming)
         pipe.send("ready")
         while (number := pipe.recv()) is not None:
             pipe.send(step(number))
@@ -87,12 +94,12 @@ def main() -> None:
     workers: dict[str, list] = {}
     with tempfile.TemporaryDirectory() as folder:
         for side in SIDES:
-            count, threads = (options.processes, 1) if side == "processes" else (1, os.cpu_count() or 1)
+            count, threads = (options.processes, 1) if side in SHARED else (1, os.cpu_count() or 1)
             os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
             workers[side] = []
             for rank in range(count):
                 here, there = context.Pipe()
-                context.Process(target=work, args=(side, rank, threads, options, f"{folder}/meeting", there), daemon=True).start()
+                context.Process(target=work, args=(side, rank, threads, options, f"{folder}/{side}", there), daemon=True).start()
                 workers[side].append(here)
             for pipe in workers[side]:
                 pipe.recv()
@@ -132,7 +139,7 @@ def _results(options: argparse.Namespace, taken: dict[str, list[float]], losses:
     costs = {side: step(shape, options.length, config.ratio, options.length, plain=side == "plain") for side in SIDES}
     rows = {}
     for side in SIDES:
-        tokens = options.length * options.batch * (options.processes if side == "processes" else 1)
+        tokens = options.length * options.batch * (options.processes if side in SHARED else 1)
         rate = tokens / statistics.median(taken[side])
         flop = sum(costs[side].values()) / options.length
         rows[side] = {

@@ -14,6 +14,8 @@ LEVELS = {
     "segments": 1,
     "fused": 0,
     "matmul": 1,
+    "lean": 3,
+    "trees": 7,
     "packed": 2,
     "muon": 1,
     "chat": 1,

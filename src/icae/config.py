@@ -250,6 +250,13 @@ class TrainConfig(_Config):
         least=0,
         most=1,
     )
+    likely_share: float = setting(
+        0.0,
+        "When fine-tuning: weight of what who wrote a response found likely in its place, where the data says (`likely`); the response "
+        "itself has the rest, and no other teacher teaches it.",
+        least=0,
+        most=1,
+    )
     teacher: str | None = setting(
         None,
         "When fine-tuning: PEFT adapter of the base that answers with the full text; it teaches the responses, but those that the base "
@@ -290,7 +297,12 @@ class TrainConfig(_Config):
     keep: int = setting(2, "Checkpoints kept.", least=1)
     log_steps: int = setting(10, "Updates between log lines.", least=1)
     seed: int = setting(0, "Seed of the initial weights and of the order of samples.", least=0)
-    bf16: bool = setting(False, "Keep the frozen base in bfloat16, and compute in it (for accelerators; slow on most CPUs).")
+    bf16: bool = setting(
+        False, "Keep the frozen base in bfloat16, and compute in it: for accelerators, and for CPUs that have units for it (AMX)."
+    )
+    compile: bool = setting(
+        False, "On a CPU with bf16: have torch compile the layers first, which takes a minute or two, and a C++ compiler."
+    )
     device: str = setting("cpu", "'cpu', 'cuda' or 'mps'.")
     workers: int = setting(0, "Processes that prepare samples; 0: the training process itself, which keeps up on a CPU.", least=0)
 

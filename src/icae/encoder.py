@@ -11,6 +11,7 @@ Shape legend: B segments, L context tokens of the longest, K memory tokens of th
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from icae.base import Base, cache_of, cached
 from icae.config import ICAEConfig
 from icae.errors import ICAEError
 from icae.fused import effective_weights
+from icae.lean import LeanLlama, is_plain_llama
 from icae.segments import positions, slot_count
 from icae.slot_batch import SlotBatch, filled
 from icae.slots import Segment, rotated
@@ -31,6 +33,8 @@ class Encoder(nn.Module):
 
     fused = False
     """Train with LoRA's updates in the weights (fused.py)."""
+    lean: LeanLlama | None = None
+    """What trains kv slots on a CPU with bfloat16 units; none: the LLM's own layers."""
 
     def __init__(self, base: Base, config: ICAEConfig):
         super().__init__()
@@ -113,6 +117,10 @@ class Encoder(nn.Module):
         from transformers import DynamicCache
 
         kv, body = self.config.kind == "kv", self.peft.get_base_model().get_decoder()
+        if self.lean is not None and self.training:
+            sees = real_BN[:, None] & torch.ones(real_BN.shape[1], real_BN.shape[1], dtype=torch.bool).tril()
+            pairs = self.lean.read(inputs_BND, places_BN, sees, loras=self.lean.loras(body), pairs_alone=True)[1]
+            return SimpleNamespace(cache=SimpleNamespace(layers=[SimpleNamespace(keys=k, values=v) for k, v in pairs]))
         arguments = dict(
             inputs_embeds=inputs_BND,
             position_ids=places_BN,
@@ -122,6 +130,11 @@ class Encoder(nn.Module):
         if self.fused and self.training and not self.config.lora_dropout:
             return functional_call(self._base.model.get_decoder(), effective_weights(body), kwargs=arguments)
         return body(**arguments)
+
+    def train_lean(self, *, compiled: bool = False) -> None:
+        """Train with few large products on the CPU from now on (lean.py), where slots are read from every layer of a plain Llama."""
+        if self.read_from == "layers" and not self.config.lora_dropout and is_plain_llama(self._base):
+            self.lean = LeanLlama(self._base, compiled=compiled)
 
     def _initial_memory(self, base: Base) -> Tensor:
         """Return the memory tokens' start: zero where a block's mean is added to it, else noise of the embeddings' own size."""

@@ -141,10 +141,12 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
             if (mine := getattr(config, name)) != (its := getattr(known, name)):
                 raise ICAEError(f"model.{name} is {mine}, but {start} was made with {its}; keep that, or begin without init")
     model = ICAE(base, config)
-    if device != "cpu":
+    if base.device.type != "cpu":  # several processes call theirs cpu:0
         fuse_norms(base.model)
         fuse_norms(model.encoder)
         model.encoder.fused = True
+    elif train.bf16:
+        model.encoder.train_lean(compiled=train.compile)
     if train.teacher is not None and train.objective == "instruct":
         model.tutor = Reader(Decoder(base.tuned(train.teacher)), config, model.markers)
     if start is not None:
