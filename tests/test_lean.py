@@ -28,7 +28,7 @@ def examples(segment=12):
 
     return [
         asked(0, [7, 8], [9, 10, 1], first=3.0),
-        asked(0, [7], [11, 1], likely=[[(11, 0.5), (12, 0.5)], [(1, 1.0)]]),
+        asked(0, [7], [11, 1]),
         asked(1, [9, 9, 9], [30, 31]),
         asked(0, [], [12], unscored=0),
         Example(pieces(CONTEXTS[1], segment, 4), Marker.AE, [], [*CONTEXTS[1], 1], first=8.0),

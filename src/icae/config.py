@@ -250,13 +250,6 @@ class TrainConfig(_Config):
         least=0,
         most=1,
     )
-    likely_share: float = setting(
-        0.0,
-        "When fine-tuning: weight of what who wrote a response found likely in its place, where the data says (`likely`); the response "
-        "itself has the rest, and no other teacher teaches it.",
-        least=0,
-        most=1,
-    )
     teacher: str | None = setting(
         None,
         "When fine-tuning: PEFT adapter of the base that answers with the full text; it teaches the responses, but those that the base "

@@ -6,33 +6,12 @@ it makes of the tokens that both read.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from icae.reader import Read, Reader
 from icae.segments import alike
 from icae.slot_batch import SlotBatch
-
-
-class Likely(NamedTuple):
-    """What should be said in place of each token of a batch's texts: a distribution over a few ids; no shares: the token itself."""
-
-    ids: Tensor
-    """(B, T, few) int64."""
-    shares: Tensor
-    """(B, T, few) float32, which sum to 1, or are all 0."""
-
-
-def surprise(logits: Tensor, ids: Tensor, likely: Likely | None = None) -> Tensor:
-    """Return the cross-entropy (N,), in nats, of logits (N, V) against ids (N,), or against what is `likely` (N, few) there."""
-    said = logits.float().log_softmax(-1)
-    plain = -said.gather(1, ids[:, None])[:, 0]
-    if likely is None:
-        return plain
-    known = likely.shares.sum(1) > 0
-    return torch.where(known, -(said.gather(1, likely.ids) * likely.shares).sum(1), plain)
 
 
 def batch_loss(
@@ -45,7 +24,6 @@ def batch_loss(
     weights: Tensor,
     teacher: dict[str, Tensor] | None = None,
     tutor: Reader | None = None,
-    likely: Likely | None = None,
 ) -> Tensor:
     """Return the mean over samples of the weighted mean negative log-likelihood of their scored tokens, in nats.
 
@@ -61,8 +39,6 @@ def batch_loss(
         As `objectives.collate` makes them, on the CPU: (B,) int64; (B, T) int64, bool, bool and float32; the taught samples' texts.
     tutor : Reader, optional
         Who teaches the samples that are for the fine-tuned base; none: the frozen decoder, as all others.
-    likely : Likely, optional
-        What should be said in the place of some tokens.
     """
     widths, device = real.sum(1).tolist(), reader.base.device
     taught = {} if teacher is None else {b: t for t, b in enumerate(teacher["rows"].tolist())}
@@ -86,8 +62,7 @@ def batch_loss(
                     lesson = {name: t[there[theirs]] for name, t in teacher.items()}
                     mine = read._replace(logits=logits)
                     total = total + _taught(who, mine, row, here[theirs], real[rows].sum(1)[here[theirs]], lesson)
-        said = None if likely is None else Likely(*(t[rows, text][:, keep][row, place].to(device, non_blocking=True) for t in likely))
-        nll = surprise(logits, ids[:, keep][row, place].to(device, non_blocking=True), said)
+        nll = nn.functional.cross_entropy(logits.float(), ids[:, keep][row, place].to(device, non_blocking=True), reduction="none")
         total = total + nll @ share[:, keep][row, place].to(device, non_blocking=True)
     return total / len(widths)
 

@@ -26,7 +26,7 @@ from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.focus import asked, focus
 from icae.grounding import Guide, Words
-from icae.loss import Likely, batch_loss
+from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
 from icae.polish import default_steps, polishing
 from icae.reader import GREEDY, Reader, Sampling, Score
@@ -145,14 +145,13 @@ class ICAE(nn.Module):
         weights: Tensor,
         ratio: int | None = None,
         teacher: dict[str, Tensor] | None = None,
-        likely: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the loss of one batch from `objectives.collate` (see `batch_loss`)."""
         slots = self._encode(segment_ids, lengths, groups, ratio)
-        texts, said = (markers, text_ids, real, scored, weights), None if likely is None else Likely(*likely)
+        texts = (markers, text_ids, real, scored, weights)
         if self.encoder.lean is not None and self.training and teacher is None:
-            return {"loss": tree_loss(self.encoder.lean, self.reader, slots, groups, *texts, said)}
-        return {"loss": batch_loss(self.reader, slots, *texts, teacher, self.tutor, said)}
+            return {"loss": tree_loss(self.encoder.lean, self.reader, slots, groups, *texts)}
+        return {"loss": batch_loss(self.reader, slots, *texts, teacher, self.tutor)}
 
     def _encode(self, segment_ids: Tensor, lengths: list[int], groups: list[list[int]], ratio: int | None) -> SlotBatch:
         """Return the contexts' slots, with gradient; segments of like lengths are encoded together, but on accelerators all at once."""

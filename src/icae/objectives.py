@@ -55,8 +55,6 @@ class Example:
     """Weight of the distance between the decoder's hidden states and the teacher's."""
     first: float = 1.0
     """Weight of the first scored token among the others."""
-    likely: list[list[tuple[int, float]]] = field(default_factory=list)
-    """A distribution over a few ids for each token of the target, which the loss compares with in its place; empty: the target itself."""
 
 
 def pieces(context: list[int], segment_length: int, ratio: int = 1) -> list[list[int]]:
@@ -99,7 +97,6 @@ def collate(examples: list[Example]) -> dict[str, object]:
     dict
         segment_ids (S, L) int64 and lengths (S), all different segments; groups (B), the segments of each context; markers (B);
         text_ids (B, T) int64, prompt and target; real (B, T) and scored (B, T) bool, weights (B, T) float32, 0 where not scored; ratio.
-        Where samples have one, `likely` holds the distributions over a few ids: ids and shares, each (B, T, few).
         Where samples have a teacher, `teacher` holds their rows (R), their `distil` as weights (R), their `align` as aligned (R), whether
         they are for the fine-tuned base (R), how many tokens at the end both texts share (R) and, like the text, ids, real and scored,
         each (R, U).
@@ -120,8 +117,6 @@ def collate(examples: list[Example]) -> dict[str, object]:
         "weights": weights,
         "ratio": examples[0].ratio,
     }
-    if any(e.likely for e in examples):
-        batch["likely"] = _likely(examples, text_ids.shape[1])
     if rows := [b for b, e in enumerate(examples) if e.teacher and (e.distil or e.align)]:
         ids, real, scored = _texts([(examples[b].teacher, examples[b].target, examples[b].unscored) for b in rows])
         distil, align = (torch.tensor([share(examples[b]) for b in rows]) for share in (lambda e: e.distil, lambda e: e.align))
@@ -130,17 +125,6 @@ def collate(examples: list[Example]) -> dict[str, object]:
         about = {"rows": torch.tensor(rows), "weights": distil, "aligned": align, "by_tutor": tutored, "shared": torch.tensor(shared)}
         batch["teacher"] = about | {"ids": ids, "real": real, "scored": scored}
     return batch
-
-
-def _likely(examples: list[Example], width: int) -> tuple[Tensor, Tensor]:
-    """Return the distributions in the targets' places, (B, T, few) ids and shares."""
-    few = max(len(shares) for e in examples for shares in e.likely)
-    ids, shares = torch.zeros(len(examples), width, few, dtype=torch.long), torch.zeros(len(examples), width, few)
-    for b, e in enumerate(examples):
-        for at, pairs in enumerate(e.likely, len(e.prompt)):
-            for n, (i, share) in enumerate(pairs):
-                ids[b, at, n], shares[b, at, n] = i, share
-    return ids, shares
 
 
 def _ending(one: list[int], other: list[int]) -> int:

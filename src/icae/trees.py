@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icae.lean import LeanLlama
-from icae.loss import Likely, surprise
 from icae.objectives import padded
 from icae.reader import Reader
 from icae.segments import alike
@@ -73,7 +72,6 @@ def tree_loss(
     real: Tensor,
     scored: Tensor,
     weights: Tensor,
-    likely: Likely | None = None,
 ) -> Tensor:
     """Return what `loss.batch_loss` does, for samples that nobody teaches; arguments as there, and the segments of each context."""
     share = weights / weights.sum(1, keepdim=True).clamp(min=1)
@@ -83,8 +81,8 @@ def tree_loss(
         taken = [trees[i] for i in rows]
         sample, place, row, node = torch.tensor([(b, p, n, at) for n, t in enumerate(taken) for b, p, at in t.found]).unbind(1)
         logits = llama.logits(_read(llama, reader, slots.select([t.samples[0] for t in taken]), markers, taken)[row, node])
-        wanted = None if likely is None else Likely(*(t[sample, place] for t in likely))
-        total = total + surprise(logits, text_ids[sample, place], wanted) @ share[sample, place]
+        nll = nn.functional.cross_entropy(logits.float(), text_ids[sample, place], reduction="none")
+        total = total + nll @ share[sample, place]
     return total / len(markers)
 
 

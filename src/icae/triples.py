@@ -44,8 +44,6 @@ class Triple:
     answers: tuple[str, ...]
     teacher: str = ""
     """Who wrote the response, where `icae data build` did."""
-    likely: tuple[tuple[tuple[int, float], ...], ...] = ()
-    """A few token ids and their probabilities in each of the response's places, as who wrote it saw them; the response's own first."""
 
 
 def load_triples(source: str, base: Base | None = None, *, least: int = 2, most: int | None = None) -> list[Triple]:
@@ -240,8 +238,7 @@ def _triple(row: Any) -> Triple:
         raise ValueError("answers is no list of texts")
     for text in (*fields, *answers):
         check_whole(text)
-    likely = tuple(tuple((int(i), float(p)) for i, p in place) for place in row.get("likely", ()))
-    return Triple(context, prompt, answer, tuple(a for a in answers if a.strip()) or (answer,), str(row.get("teacher", "")), likely)
+    return Triple(context, prompt, answer, tuple(a for a in answers if a.strip()) or (answer,), str(row.get("teacher", "")))
 
 
 class Triples(Dataset):
@@ -292,15 +289,13 @@ class Triples(Dataset):
         response, room = response[:room], room - len(response)
         example = replace(example, target=response)
         teacher: list[int] = []
-        likely = softened(response, triple.likely, t.likely_share)
-        if (t.distil or t.align) and not likely:
+        if t.distil or t.align:
             teacher = self.base.prompted(full_text(triple.context, triple.prompt))
             if len(teacher) + len(response) > self.base.max_positions:
                 teacher = []
         segments = self._among_others(index, triple, example.segments, room, ratio)
         by_tutor = not triple.teacher.startswith(self.base.byline)  # how its own response goes on, the base itself knows best
-        taught: dict[str, Any] = dict(teacher=teacher, by_tutor=by_tutor, distil=t.distil, align=t.align, likely=likely)
-        return replace(example, segments=segments, ratio=drawn, **taught)
+        return replace(example, segments=segments, teacher=teacher, by_tutor=by_tutor, distil=t.distil, align=t.align, ratio=drawn)
 
     def _triple(self, index: int) -> Triple | None:
         """Return the triple of sample `index`; none where that one replays pretraining. Each epoch of a pool has its own order."""
@@ -340,17 +335,3 @@ class Triples(Dataset):
                 room -= len(document)
         documents.insert(int(chance.integers(len(documents) + 1)), own)
         return [segment for document in documents for segment in document]
-
-
-def softened(response: list[int], likely: Sequence[Sequence[tuple[int, float]]], share: float) -> list[list[tuple[int, float]]]:
-    """Return, for each id of a response, a distribution: `share` of it as who wrote it saw the place, the rest the id itself.
-
-    Nothing where nobody wrote down what was likely, or where that was in another base's ids, or about another response.
-    """
-    if not share or not likely or [place[0][0] for place in likely][: len(response)] != response:
-        return []
-    made = []
-    for i, place in zip(response, likely, strict=False):
-        total = sum(p for _, p in place)
-        made.append([(i, 1 - share), *((other, share * p / total) for other, p in place)])
-    return made
