@@ -12,6 +12,7 @@ from icae.errors import ICAEError
         (TrainConfig, {"ratios": [0]}, "ratios"),
         (TrainConfig, {"ratios": []}, "ratios"),
         (TrainConfig, {"ratios": [2.5]}, "whole number"),
+        (TrainConfig, {"compile": True}, "compile is for device=cpu with bf16=true"),
         (TrainConfig, {"bf16": "flase"}, "bf16 must be a boolean, got 'flase'"),
         (TrainConfig, {"windows": [[0, 32], [300, 64], [100, 16]]}, "ascending"),
         (TrainConfig, {"windows": [[0, 16.5]]}, "windows"),

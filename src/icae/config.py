@@ -294,7 +294,7 @@ class TrainConfig(_Config):
         False, "Keep the frozen base in bfloat16, and compute in it: for accelerators, and for CPUs that have units for it (AMX)."
     )
     compile: bool = setting(
-        False, "On a CPU with bf16: have torch compile the layers first, which takes a minute or two, and a C++ compiler."
+        False, "On a CPU with bf16: have torch compile what is left beside the products, which takes half a minute and a C++ compiler."
     )
     device: str = setting("cpu", "'cpu', 'cuda' or 'mps'.")
     workers: int = setting(0, "Processes that prepare samples; 0: the training process itself, which keeps up on a CPU.", least=0)
@@ -308,6 +308,8 @@ class TrainConfig(_Config):
             raise ICAEError("of replay nothing is taken while pretrain_share is 0: pretrain_share=0.3, or replay=null")
         if self.teacher and not (self.distil or self.align):
             raise ICAEError("a teacher is not asked while distil and align are 0: distil=0.5, or teacher=null")
+        if self.compile and not (self.bf16 and self.device == "cpu"):
+            raise ICAEError("compile is for device=cpu with bf16=true; leave it out elsewhere")
         for name in ("train", "replay"):
             source = getattr(self, name)
             if isinstance(source, dict) and not all(isinstance(share, (int, float)) and share > 0 for share in source.values()):

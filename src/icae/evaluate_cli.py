@@ -134,8 +134,8 @@ def evaluate_qa(
     if jobs > 1:
         from icae.shares import qa_side_by_side
 
-        def ask(_: Any, triples: Any, **how: Any) -> Any:
-            return qa_side_by_side(partial(load_model, **loading), triples, jobs=jobs, **how)
+        def ask(icae: Any, triples: Any, **how: Any) -> Any:
+            return qa_side_by_side(icae, partial(load_model, **loading), triples, jobs=jobs, **how)
 
     _evaluate_qa("qa", ask, data, samples, seed, loading, responses, save, as_json, **settings)
 

@@ -67,14 +67,8 @@ def qa(
     ICAEError
         If a side is unknown.
     """
-    if not sides or not set(sides) <= {*SIDES, *MORE_SIDES}:
-        raise ICAEError(f"sides must be some of {', '.join([*SIDES, *MORE_SIDES])}, got {', '.join(sides)}")
     base, asked_for = model.base, len(triples)
-    triples = [t for t in triples if _positions(model, t, sides, ratio or model.config.ratio) + max_new_tokens <= base.max_positions]
-    if not triples:
-        raise ICAEError(
-            f"no context leaves room for an answer of {max_new_tokens} tokens among the {base.max_positions} positions of {base.name}"
-        )
+    triples = fitting(model, triples, sides, ratio, max_new_tokens)
     rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
     counts: list[int] = []
     for chosen in _batches([len(t.context) for t in triples], batch_size):
@@ -108,12 +102,25 @@ def qa(
     return results | _figures(rows, sides), rows
 
 
+def fitting(model: ICAE, triples: Sequence[Triple], sides: Sequence[str], ratio: int | None, max_new_tokens: int) -> list[Triple]:
+    """Return the questions that every side leaves room for an answer to; errors as for `qa`, and if there are none."""
+    if not sides or not set(sides) <= {*SIDES, *MORE_SIDES}:
+        raise ICAEError(f"sides must be some of {', '.join([*SIDES, *MORE_SIDES])}, got {', '.join(sides)}")
+    base = model.base
+    kept = [t for t in triples if _positions(model, t, sides, ratio or model.config.ratio) + max_new_tokens <= base.max_positions]
+    if not kept:
+        raise ICAEError(
+            f"no context leaves room for an answer of {max_new_tokens} tokens among the {base.max_positions} positions of {base.name}"
+        )
+    return kept
+
+
 def merged(
-    parts: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], sides: Sequence[str]
+    parts: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]], left_out: int, sides: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return what `qa` would have found of all the questions whose parts it was asked."""
     rows = [row for _, found in parts for row in found]
-    results: dict[str, Any] = {name: sum(about[name] for about, _ in parts) for name in ("n", "left_out")}
+    results: dict[str, Any] = {"n": len(rows), "left_out": left_out}
     if "budget" in parts[0][0]:
         results["budget"] = sum(about["budget"] * about["n"] for about, _ in parts) / results["n"]
     return results | _figures(rows, sides), rows

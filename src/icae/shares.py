@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from icae.model import ICAE
-from icae.qa import Heard, Progress, merged, qa
+from icae.qa import Heard, Progress, fitting, merged, qa
 from icae.triples import Triple
 
 QUESTIONS = 32
@@ -26,30 +26,34 @@ _own: list[ICAE] = []
 
 
 def qa_side_by_side(
+    model: ICAE,
     begin: Callable[[], ICAE],
     triples: Sequence[Triple],
     *,
     jobs: int,
     sides: Sequence[str],
+    ratio: int | None = None,
+    max_new_tokens: int = 48,
     progress: Progress | None = None,
     heard: Heard | None = None,
-    **settings: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask questions in `jobs` processes; arguments, results and errors as for `qa.qa`.
 
-    `begin` loads the model, once in each process, so it must be one that `pickle` knows.
+    `begin` loads the same model, once in each process, so it must be one that `pickle` knows.
     """
-    shares = [triples[at : at + QUESTIONS] for at in range(0, len(triples), QUESTIONS)]
+    settings = {"sides": sides, "ratio": ratio, "max_new_tokens": max_new_tokens}
+    kept = fitting(model, triples, sides, ratio, max_new_tokens)
+    shares = [kept[at : at + QUESTIONS] for at in range(0, len(kept), QUESTIONS)]
     parts: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     with single_threads(), ProcessPoolExecutor(min(jobs, len(shares)), get_context("spawn"), _open, (begin,)) as pool:
-        for results, rows in pool.map(partial(_ask, sides, settings), shares):
+        for results, rows in pool.map(partial(_ask, settings), shares):
             parts.append((results, rows))
             if heard is not None:
                 for row in rows:
                     heard(row)
             if progress is not None:
-                progress(sum(about["n"] + about["left_out"] for about, _ in parts), len(triples))
-    return merged(parts, sides)
+                progress(sum(about["n"] for about, _ in parts), len(kept))
+    return merged(parts, len(triples) - len(kept), sides)
 
 
 @contextmanager
@@ -71,5 +75,5 @@ def _open(begin: Callable[[], ICAE]) -> None:
     _own.append(begin())
 
 
-def _ask(sides: Sequence[str], settings: dict[str, Any], triples: Sequence[Triple]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    return qa(_own[0], triples, sides=sides, **settings)
+def _ask(settings: dict[str, Any], triples: Sequence[Triple]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    return qa(_own[0], triples, **settings)
