@@ -30,12 +30,14 @@ from icae.base import Base, load_base
 from icae.config import ICAEConfig
 from icae.errors import ICAEError
 from icae.fused import effective_weights
+from icae.lean import LeanLlama, is_plain_llama
 from icae.matmul import fast_linear
 from icae.model import ICAE
 from icae.qa import drawn, qa
 from icae.report import commit, machine
 from icae.train import make_arguments, make_data, run, starting_config
 from icae.train_cli import read_settings
+from icae.tree_loss import plain_loss
 from icae.triples import load_triples
 
 ABOUT = "full_text.json"
@@ -57,11 +59,17 @@ class FullText(nn.Module):
             base_model_name_or_path=base.name,
         )
         self.peft: Any = get_peft_model(base.twin(), self.lora)
+        self.lean: LeanLlama | None = None
+        """What trains on a CPU with bfloat16 units; none: the LLM's own layers."""
 
-    def forward(self, teacher: dict[str, Tensor] | None = None, **_: Any) -> dict[str, Tensor]:
+    def forward(self, groups: list[list[int]], teacher: dict[str, Tensor] | None = None, **_: Any) -> dict[str, Tensor]:
         """Return the mean over samples of the mean cross-entropy over their response's tokens."""
         if teacher is None:  # every sample of the batch was replayed
             return {"loss": sum((p.sum() * 0 for p in self.trained().values()), torch.zeros(()))}
+        if self.lean is not None and self.training:
+            kinds = [tuple(groups[b]) for b in teacher["rows"].tolist()]
+            loras = self.lean.loras(self.peft.get_base_model().get_decoder())
+            return {"loss": plain_loss(self.lean, kinds, teacher["ids"], teacher["real"], teacher["scored"], loras)}
         keep = teacher["scored"].any(0).nonzero()[:, 0].to(self.base.device)
         ids, scored, real = (teacher[name].to(self.base.device) for name in ("ids", "scored", "real"))
         inputs = {"input_ids": ids[:, :-1], "attention_mask": real[:, :-1].long(), "logits_to_keep": keep - 1}
@@ -111,7 +119,10 @@ def train(config: str, overrides: list[str]) -> Path:
     arguments = make_arguments(settings, quiet=False)
     base = load_base(shape.base, dtype=torch.bfloat16 if settings.bf16 else torch.float32, device=str(arguments.device))
     samples, held_out = make_data(settings, base, shape, arguments.world_size)
-    return run(FullText(base, shape), settings, arguments, samples, held_out, resume=True)
+    learner = FullText(base, shape)
+    if settings.bf16 and base.device.type == "cpu" and is_plain_llama(base) and not shape.lora_dropout:
+        learner.lean = LeanLlama(base, compiled=settings.compile)
+    return run(learner, settings, arguments, samples, held_out, resume=True)
 
 
 def evaluate(

@@ -38,9 +38,11 @@ class LeanLlama:
 
     def __init__(self, base: Base, *, compiled: bool = False, dtype: torch.dtype = torch.bfloat16):
         body, settings = base.model.get_decoder(), base.model.config
+        self.embed = base.embed
         self.heads, self.groups, self.dtype = settings.num_attention_heads, settings.num_key_value_heads, dtype
         self.eps, self.angles = settings.rms_norm_eps, base.rotations()[0].repeat(2)
         self.layers = [_Layer(layer, self.dtype) for layer in body.layers]
+        self.norm = body.norm.weight.detach().to(self.dtype)
         self.head = (base.model.get_output_embeddings().weight.detach().float() * body.norm.weight.detach().float()).to(self.dtype)
         self.loops = _Loops(*map(_compiled, _PLAIN)) if compiled else _PLAIN
 
@@ -58,6 +60,7 @@ class LeanLlama:
         loras: Sequence[Sequence[Pair | None]] | None = None,
         *,
         pairs_alone: bool = False,
+        states: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Pair]]:
         """Pass inputs through all layers.
 
@@ -75,6 +78,8 @@ class LeanLlama:
             From `loras`.
         pairs_alone : bool
             Only keys and values are wanted: the last layer computes nothing else.
+        states : list of Tensor, optional
+            Gets the hidden states (B, N, D) behind each layer, the last ones normed, as transformers gives them.
 
         Returns
         -------
@@ -95,6 +100,8 @@ class LeanLlama:
             else:
                 x, keys, values = _layer(self.loops, x, weights.all, pairs, turns, allowed, None if before is None else before[n], sizes)
             made.append((keys, values))
+            if states is not None:
+                states.append((x if n < len(self.layers) - 1 else self.loops.normed(x, self.eps) * self.norm).view(inputs_BND.shape))
         return x.view(inputs_BND.shape), made
 
     def logits(self, hidden: Tensor) -> Tensor:

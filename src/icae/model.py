@@ -26,6 +26,7 @@ from icae.encoder import Encoder
 from icae.errors import ICAEError
 from icae.focus import asked, focus
 from icae.grounding import Guide, Words
+from icae.lean import LeanLlama
 from icae.loss import batch_loss
 from icae.objectives import Example, Marker, padded
 from icae.polish import default_steps, polishing
@@ -35,7 +36,7 @@ from icae.segments import alike, check_ratio, cut, slot_count
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots, Origin
 from icae.stepwise import finished, saying
-from icae.trees import tree_loss
+from icae.tree_loss import tree_loss
 
 Slots = MemorySlots | Sequence[MemorySlots]
 
@@ -59,6 +60,7 @@ class ICAE(nn.Module):
         self.reader = Reader(self.decoder, self.config, self.markers)
         self.encoder.memory.data = self.encoder.memory.data.float()
         self.tutor: Reader | None = None  # who teaches samples that are `by_tutor`; none: the frozen decoder
+        self.lean_tutor: LeanLlama | None = None  # the same, where training is lean
         self._adapter_hash: str | None = None
 
     # ---- files ----
@@ -149,8 +151,8 @@ class ICAE(nn.Module):
         """Return the loss of one batch from `objectives.collate` (see `batch_loss`)."""
         slots = self._encode(segment_ids, lengths, groups, ratio)
         texts = (markers, text_ids, real, scored, weights)
-        if self.encoder.lean is not None and self.training and teacher is None:
-            return {"loss": tree_loss(self.encoder.lean, self.reader, slots, groups, *texts)}
+        if self.encoder.lean is not None and self.training:
+            return {"loss": tree_loss(self.encoder.lean, self.reader, slots, groups, *texts, teacher, self.lean_tutor)}
         return {"loss": batch_loss(self.reader, slots, *texts, teacher, self.tutor)}
 
     def _encode(self, segment_ids: Tensor, lengths: list[int], groups: list[list[int]], ratio: int | None) -> SlotBatch:

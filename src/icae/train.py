@@ -26,6 +26,7 @@ from icae.data import HeldOut, Windows, load_texts
 from icae.decoder import Decoder
 from icae.errors import ICAEError
 from icae.fused import fuse_norms
+from icae.lean import LeanLlama
 from icae.matmul import fast_linear
 from icae.model import ICAE
 from icae.muon import Muon
@@ -148,7 +149,10 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
     elif train.bf16:
         model.encoder.train_lean(compiled=train.compile)
     if train.teacher is not None and train.objective == "instruct":
-        model.tutor = Reader(Decoder(base.tuned(train.teacher)), config, model.markers)
+        tuned = base.tuned(train.teacher)
+        model.tutor = Reader(Decoder(tuned), config, model.markers)
+        if model.encoder.lean is not None:
+            model.lean_tutor = LeanLlama(tuned, compiled=train.compile)
     if start is not None:
         load_weights(model, start, fresh=("mix", "connector"))  # over an adapter trained without them, both start as nothing
     return model
