@@ -415,3 +415,9 @@ def test_every_default_is_in_the_made_page_and_the_page_is_up_to_date():
     result = subprocess.run([sys.executable, ROOT / "docs" / "make.py", "--check"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert re.search(r"`icae evaluate autoencoding`", (ROOT / "docs" / "cli.md").read_text())
+
+
+def test_python_runs_it_as_a_module():
+    """As launchers do: `torchrun -m icae finetune ...`."""
+    told = subprocess.run([sys.executable, "-m", "icae", "--help"], capture_output=True, text=True)
+    assert told.returncode == 0 and "finetune" in told.stdout

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import time
 import zipfile
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from icae import archive
 from icae.blobs import DTYPES, open_blobs, pack, unpack
-from icae.catalogue import Catalogue, namespace_of
+from icae.catalogue import AT_ONCE, Catalogue, namespace_of
 from icae.chapters import SEGMENTS, chapters
 from icae.errors import ICAEError, StorageError
 from icae.server.keys import KEYS, Keyring
@@ -332,6 +333,26 @@ def test_gc_clears_what_dead_writers_left_but_not_what_is_being_written(store):
         os.utime(folder / name, (time.time() - 7200,) * 2)
     store.gc()
     assert not any((folder / name).exists() for name in names) and blob_files(store) == kept
+
+
+def test_files_are_deleted_a_few_at_a_time(store):
+    """So that whoever waits to write is let in between; one failure on the way forgets nothing."""
+    keys = [f"{n:064x}" for n in range(AT_ONCE + 3)]
+    with closing(sqlite3.connect(store.catalogue.path)) as db, db:
+        db.executemany("INSERT INTO trash VALUES (?)", [(key,) for key in keys])
+    gone: list[str] = []
+
+    def remove(key: str) -> None:
+        if len(gone) == AT_ONCE + 1 and failing:
+            raise OSError("the network is down")
+        gone.append(key)
+
+    failing = True
+    with pytest.raises(OSError, match="network"):
+        store.catalogue.sweep(remove)
+    done, failing = len(gone), False
+    assert done == AT_ONCE + 1 and store.catalogue.sweep(remove) == 3
+    assert gone[:AT_ONCE] + gone[AT_ONCE + 1 :] == sorted(keys) and store.catalogue.sweep(remove) == 0
 
 
 @pytest.mark.parametrize("dtype, size, error", [("float32", 4, 0), ("float16", 2, 1e-3), ("bfloat16", 2, 1e-2), ("int8", 1, 1e-2)])

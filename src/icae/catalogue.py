@@ -27,6 +27,9 @@ VERSION = 1
 USED_GRAIN = 1.0
 """A use is noted when the last one noted is at least so many seconds ago."""
 
+AT_ONCE = 16
+"""Files that are deleted under one lock."""
+
 KEY = "key/"
 """What the namespace of an API key's name begins with."""
 
@@ -262,14 +265,21 @@ class Catalogue:
             self._drop_unnamed(db)
 
     def sweep(self, remove: Callable[[str], None], orphans: Iterable[str] = (), *, wait: float | None = None) -> int:
-        """Delete files that no row lists: those of dropped contents, and those of `orphans` that are none's; return how many."""
-        with self._writing(wait) as db:
-            keys = [*(k for (k,) in db.execute("SELECT key FROM trash")), *orphans]
-            dead = [k for k in dict.fromkeys(keys) if not db.execute("SELECT 1 FROM blobs WHERE key = ?", (k,)).fetchone()]
-            for key in dead:
-                remove(key)
-            db.execute("DELETE FROM trash")
-            return len(dead)
+        """Delete files that no row lists: those of dropped contents, and those of `orphans` that are none's; return how many.
+
+        A few at a time, with the lock let go between: files may lie on a slow file system, and others wait to write.
+        """
+        with self._connected(wait) as db:
+            keys = list(dict.fromkeys([*(k for (k,) in db.execute("SELECT key FROM trash")), *orphans]))
+        gone = 0
+        for at in range(0, len(keys), AT_ONCE):
+            with self._writing(wait) as db:
+                for key in keys[at : at + AT_ONCE]:
+                    if not db.execute("SELECT 1 FROM blobs WHERE key = ?", (key,)).fetchone():
+                        remove(key)
+                        gone += 1
+                    db.execute("DELETE FROM trash WHERE key = ?", (key,))
+        return gone
 
     @staticmethod
     def _drop_unnamed(db: sqlite3.Connection) -> None:
