@@ -4,7 +4,7 @@
     python benchmarks/full_text_qa.py evaluate runs/full-text --data FILE.jsonl [--samples N] [--seed N] [--save FILE.json]
 
 It reads the config that fine-tunes slots: same triples in the same order, same steps, same rank and targets as the adapter in `init`, same
-loop (icae.train.run, with its fast products, logs and checkpoints), same score (icae.qa). Replayed samples, which have no response, are
+loop (loop.py, with its fast products, logs and checkpoints), same score (icae.qa). Replayed samples, which have no response, are
 passed over. This base is no longer the LLM as published; it exists for comparison alone.
 """
 
@@ -31,11 +31,12 @@ from icae.config import ICAEConfig
 from icae.errors import ICAEError
 from icae.fused import effective_weights
 from icae.lean import LeanLlama, is_plain_llama
+from icae.loop import make_arguments, run
 from icae.matmul import fast_linear
 from icae.model import ICAE
 from icae.qa import drawn, qa
 from icae.report import commit, machine
-from icae.train import make_arguments, make_data, run, starting_config
+from icae.train import make_data, starting_config
 from icae.train_cli import read_settings
 from icae.tree_loss import plain_loss
 from icae.triples import load_triples

@@ -43,6 +43,7 @@ LEVELS = {
     "data": 10,
     "triples": 11,
     "callbacks": 2,
+    "loop": 5,
     "train": 12,
     "qa": 12,
 }

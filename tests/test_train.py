@@ -285,7 +285,7 @@ def test_an_adapter_goes_on_with_its_own_shape(finished, base, kind):
 
 def test_each_part_has_its_own_learning_rate(base):
     model = make_icae(base)
-    optimizer = icae.train._optimizer(model.adapter_tensors(), TrainConfig(learning_rate=0.1, lora_b_multiplier=4.0, memory_multiplier=0.5))
+    optimizer = icae.loop._optimizer(model.adapter_tensors(), TrainConfig(learning_rate=0.1, lora_b_multiplier=4.0, memory_multiplier=0.5))
     names = {id(p): name for name, p in model.adapter_tensors().items()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates.keys() == model.adapter_tensors().keys()
