@@ -114,7 +114,7 @@ class FullText(nn.Module):
 def train(config: str, overrides: list[str]) -> Path:
     """Train with the settings of a fine-tuning config."""
     settings, model = read_settings(config, "instruct", overrides)
-    settings = settings.replace(distil=1.0)  # its samples carry the full text's prompt
+    settings = settings.replace(distil=1.0, align=0.0, teacher=None, continuation_distil=0.0)  # questions alone carry the full text
     shape = starting_config(settings.init, model)
     torch.manual_seed(settings.seed)
     arguments = make_arguments(settings, quiet=False)

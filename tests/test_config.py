@@ -13,6 +13,8 @@ from icae.errors import ICAEError
         (TrainConfig, {"ratios": []}, "ratios"),
         (TrainConfig, {"ratios": [2.5]}, "whole number"),
         (TrainConfig, {"compile": True}, "compile is for device=cpu with bf16=true"),
+        (TrainConfig, {"device": "cuda:1"}, "device must be one of cpu, cuda, mps"),
+        (TrainConfig, {"rate_factors": [[0, -1.0]]}, "rate_factors must be at least 0"),
         (TrainConfig, {"bf16": "flase"}, "bf16 must be a boolean, got 'flase'"),
         (TrainConfig, {"windows": [[0, 32], [300, 64], [100, 16]]}, "ascending"),
         (TrainConfig, {"windows": [[0, 16.5]]}, "windows"),

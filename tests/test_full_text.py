@@ -11,7 +11,7 @@ from icae.chat import chat_prompt, chat_response, full_text
 from icae.config import TrainConfig, read_yaml
 from icae.errors import ICAEError
 from icae.model import ICAE
-from icae.objectives import collate
+from icae.objectives import Marker, collate
 from icae.train import build, make_data, starting_config, train
 
 
@@ -49,6 +49,20 @@ def test_the_bound_learns_with_the_full_text_and_is_scored_by_the_same_evaluatio
     assert report == json.loads((tmp_path / "r" / "full.json").read_text()) | {"results": report["results"]}
     assert {"n", "f1_text", "f1_text_interval", "rouge1_text", "f1_none"} <= report["results"].keys() and report["results"]["n"] == 3
     assert load_base(base.name).fingerprint == base.fingerprint
+
+
+def test_the_bound_learns_from_questions_alone(bench, config, base, monkeypatch):
+    """Replayed text that is to be continued as the base would has a teacher's text too, but no question."""
+    learned = []
+    forward = bench.FullText.forward
+
+    def spying(self, **batch):
+        learned.extend(batch["markers"][batch["teacher"]["rows"]].tolist() if "teacher" in batch else [])
+        return forward(self, **batch)
+
+    monkeypatch.setattr(bench.FullText, "forward", spying)
+    bench.train(config, ["steps=6", "continuation_distil=0.7", "autoencoding_share=0", "align=1", "held_out=null"])
+    assert learned and set(learned) == {int(Marker.FT)}
 
 
 def test_the_bound_teaches_slots_to_answer(bench, config, base, tmp_path):

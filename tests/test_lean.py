@@ -9,6 +9,7 @@ import torch
 from icae.base import load_base
 from icae.config import ICAEConfig, TrainConfig
 from icae.decoder import Decoder
+from icae.errors import ICAEError
 from icae.lean import LeanLlama, is_plain_llama
 from icae.objectives import Example, Marker, collate, pieces
 from icae.reader import Reader
@@ -114,6 +115,13 @@ def test_a_run_on_a_cpu_is_lean_in_bfloat16_and_never_fused(tmp_path, device, se
     model = build(TrainConfig(**settings), ICAEConfig(base=folder, kind="kv", lora_rank=4), device)
     assert (model.encoder.lean is not None) is lean and not model.encoder.fused
     assert build(TrainConfig(**settings), ICAEConfig(base=folder, kind="embedding", lora_rank=4), device).encoder.lean is None
+
+
+def test_what_would_not_be_compiled_is_refused(tmp_path):
+    folder = str(tiny.save_base(tmp_path / "base"))
+    with pytest.raises(ICAEError) as error:
+        build(TrainConfig(bf16=True, compile=True), ICAEConfig(base=folder, kind="embedding", lora_rank=4), "cpu")
+    tiny.one_line(error.value, "compile")
 
 
 @pytest.mark.parametrize(("family", "plain"), [("llama", True), ("qwen2", False), ("gemma2", False)])

@@ -77,3 +77,17 @@ def test_torch_has_one_thread_while_numpy_has_the_products(numpy_side):
 def test_numpys_product_is_the_product():
     a, b = torch.randn(7, 5), torch.randn(9, 5)
     torch.testing.assert_close(product(a, b.t()), a @ b.t(), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_keeps_its_threads(monkeypatch):
+    """Nothing of it is lent to numpy, for whose sake torch would have one."""
+    monkeypatch.setattr("icae.matmul.numpy_is_faster", lambda: True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with fast_linear(torch.bfloat16) as on:
+            assert not on and torch.get_num_threads() == 2
+        with fast_linear() as on:
+            assert on and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)

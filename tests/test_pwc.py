@@ -150,6 +150,13 @@ def test_the_base_answers_as_it_does_with_the_full_text_alone(reader):
     assert seen >= 24
 
 
+def test_a_text_without_room_for_an_answer_is_refused(reader):
+    long = " ".join(LINES) * 40
+    with pytest.raises(ICAEError) as error:
+        dict(BaseTeacher(reader, max_tokens=7).read([LINES[0], long]))
+    one_line(error.value, "positions", "lower --most")
+
+
 def test_only_a_continuation_may_be_cut_and_then_ends_with_a_sentence():
     go_on, name = Prompt("continue", "Go on."), Prompt("people", "Who?")
     assert said_of(go_on, 'He left. "Why?" she asked and', False) == Said("continue", "Go on.", 'He left. "Why?"', True)

@@ -193,6 +193,20 @@ def test_a_run_killed_in_the_middle_goes_on_as_if_it_had_not_been(finished, sett
     assert [row["minutes"] for row in history(folder)] == sorted(row["minutes"] for row in history(folder))
 
 
+@pytest.mark.parametrize("kind", ["kv"])
+def test_a_run_goes_on_with_the_steps_between_checkpoints_that_it_is_told(settings, config, kind):
+    folder = train(settings, config, steps=4, save_steps=4, log_steps=4)
+    train(settings, config, steps=7, save_steps=2, log_steps=1, keep=9)
+    assert sorted(int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*")) == [4, 6, 7]
+    assert sorted(losses(folder)) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["kv"])
+def test_every_checkpoint_has_a_line_that_counts_what_was_spent(settings, config, kind):
+    folder = train(settings, config, steps=5, save_steps=2, log_steps=100, keep=9)
+    assert sorted(losses(folder)) == [2, 4, 5]
+
+
 def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(finished, settings, config, kind):
     interrupted = train(settings, config, keep=5)
     for file in ("trainer_state.json", "optimizer.pt"):
@@ -277,7 +291,7 @@ def test_the_same_base_by_another_path_is_the_same(settings, config, kind, base_
 
 
 def test_an_adapter_goes_on_with_its_own_shape(finished, base, kind):
-    for name, value in {"lora_rank": 8, "marker_length": 1, "lora_targets": ["q_proj"]}.items():
+    for name, value in {"lora_rank": 8, "lora_alpha": 1, "marker_length": 1, "lora_targets": ["q_proj"]}.items():
         with pytest.raises(ICAEError) as error:
             icae.train.build(TrainConfig(init=str(finished[kind])), starting_config(str(finished[kind]), {name: value}), "cpu")
         one_line(error.value, f"model.{name} is")

@@ -28,7 +28,8 @@ class Clock(TrainerCallback):
         self._before = self.spent = minutes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin to count."""
+        """Begin to count; take this run's steps between logs and checkpoints, where the state that it goes on from has others."""
+        state.compute_steps(args, state.max_steps)
         self._begin = time.monotonic()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -37,9 +38,10 @@ class Clock(TrainerCallback):
         self.spent = (spent if self.minutes is None else agreed(spent, args.device)) / 1e6
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop, with a line of the log and a checkpoint, where the minutes are over."""
+        """Stop, with a checkpoint, where the minutes are over; each checkpoint has a line of the log, which counts what was spent."""
         if self.over:
-            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save
 
     @property
     def over(self) -> bool:

@@ -27,6 +27,7 @@ MEMORY_TOKENS = ("pooled", "mixed", "shared", "learned")
 READOUTS = ("last", "memory", "residual")
 OBJECTIVES = ("pretrain", "instruct")
 OPTIMIZERS = ("muon", "adamw")
+DEVICES = ("cpu", "cuda", "mps")
 
 
 POLISH_RATES = {"keys": 0.015, "values": 0.06, "embeddings": 0.03}
@@ -263,7 +264,7 @@ class TrainConfig(_Config):
     )
     prompts: int = setting(
         1,
-        "When fine-tuning: prompts a context is asked in a row, the data's first about it and others; its slots are written once.",
+        "When fine-tuning: prompts a context is asked in a row, at most: the data's first about it and others; its slots are written once.",
         least=1,
     )
     distractors: int = setting(0, "When fine-tuning: most other documents put around a context, each as slots of its own.", least=0)
@@ -296,7 +297,7 @@ class TrainConfig(_Config):
     compile: bool = setting(
         False, "On a CPU with bf16: have torch compile what is left beside the products, which takes half a minute and a C++ compiler."
     )
-    device: str = setting("cpu", "'cpu', 'cuda' or 'mps'.")
+    device: str = setting("cpu", "'cpu', 'cuda' or 'mps'; of several, CUDA_VISIBLE_DEVICES chooses.", one_of=DEVICES)
     workers: int = setting(0, "Processes that prepare samples; 0: the training process itself, which keeps up on a CPU.", least=0)
 
     def __post_init__(self) -> None:
@@ -316,6 +317,8 @@ class TrainConfig(_Config):
                 raise ICAEError(f"the shares in {name} must be numbers above 0, got {source}; try {{a.jsonl: 3, b.jsonl: 1}}")
         _curriculum("windows", self.windows, 2, 3, "[first step, tokens(, segments)]")
         _curriculum("rate_factors", self.rate_factors, 2, 2, "[first step, factor]")
+        if any(factor < 0 for _, factor in self.rate_factors):
+            raise ICAEError(f"rate_factors must be at least 0, got {self.rate_factors}")
         if any(w[1] < 2 or w[-1] < 1 for w in self.windows):
             raise ICAEError(f"windows must have two tokens and one segment at least, got {self.windows}; try [[0, 32]]")
         if self.ratios is not None and (not self.ratios or min(self.ratios) < 1):

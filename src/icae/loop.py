@@ -76,7 +76,7 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
         trainer.state = TrainerState.load_from_json(str(Path(last) / "trainer_state.json"))
     else:
         try:
-            with fast_linear():
+            with fast_linear(torch.bfloat16 if train.bf16 else torch.float32):
                 trainer.train(resume_from_checkpoint=last)
         finally:
             interrupt.give_back()
@@ -250,6 +250,10 @@ def make_arguments(train: TrainConfig, quiet: bool) -> TrainingArguments:
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=True,  # no loss reads what kv slots' last layer does after its keys and values
     )
+    if arguments.device.type != train.device:
+        raise ICAEError(
+            f"device is {train.device}, but training would take {arguments.device}; CUDA_VISIBLE_DEVICES hides what it should not"
+        )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several devices take several processes (torchrun); torch's DataParallel cannot cut our batches
     return arguments

@@ -22,9 +22,9 @@ from torch import Tensor
 
 
 @contextmanager
-def fast_linear() -> Iterator[bool]:
-    """Use the faster of torch's and numpy's matrix product in linear layers; yields whether that is numpy's."""
-    if not numpy_is_faster():
+def fast_linear(dtype: torch.dtype = torch.float32) -> Iterator[bool]:
+    """Use the faster of torch's and numpy's matrix product in linear layers of a dtype; yields whether that is numpy's."""
+    if dtype != torch.float32 or not numpy_is_faster():  # else torch would keep one thread for nothing
         yield False
         return
     threads = torch.get_num_threads()

@@ -93,7 +93,7 @@ def _polished(
     for step in range(1, steps + 1):
         yield
         leaves = {(b, name): rows[b][name].detach().requires_grad_() for b, name in keys}
-        with torch.enable_grad(), fast_linear():
+        with torch.enable_grad(), fast_linear(reader.base.dtype):
             now = [dataclasses.replace(s, tensors={name: leaves[b, name] for name in s.tensors}) for b, s in enumerate(slots)]
             loss = batch_loss(reader, SlotBatch.pad(now), *data) * len(slots)
             gradients = dict(zip(keys, torch.autograd.grad(loss, list(leaves.values())), strict=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from icae.base import Base, load_base
@@ -80,6 +81,8 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
         model.encoder.fused = True
     elif train.bf16:
         model.encoder.train_lean(compiled=train.compile)
+        if train.compile and model.encoder.lean is None:
+            raise ICAEError("compile is for kv slots of a Llama, trained without lora_dropout; leave it out for others")
     if train.teacher is not None and train.objective == "instruct":
         tuned = base.tuned(train.teacher)
         model.tutor = Reader(Decoder(tuned), config, model.markers)
@@ -90,8 +93,8 @@ def build(train: TrainConfig, config: ICAEConfig, device: str) -> ICAE:
     return model
 
 
-_SHAPE = ("kind", "lora_rank", "lora_targets", "marker_length")
-"""Settings that an adapter cannot go on without: its tensors have that shape."""
+_SHAPE = ("kind", "lora_rank", "lora_alpha", "lora_targets", "marker_length")
+"""Settings that an adapter cannot go on without: its tensors have that shape, and that scale."""
 
 
 class Trainee(nn.Module):
@@ -103,6 +106,7 @@ class Trainee(nn.Module):
 
     def forward(self, **batch: Any) -> dict[str, torch.Tensor]:
         """Return the loss of a batch; a held-out one is of the targets alone, whatever teaches."""
+        batch = send_to_device(batch, "cpu")  # on several accelerators, torch has moved it to this process's
         return self.icae(**(batch if self.training else {**batch, "teacher": None}))
 
     def trained(self) -> dict[str, torch.Tensor]:

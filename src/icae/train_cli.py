@@ -86,8 +86,10 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
 
     folder = train(settings, starting_config(settings.init, model), resume=not fresh)
     say(f"adapter in {folder}")
-    if settings.minutes is not None or os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":
         return
-    if (done := json.loads((folder / "trainer_state.json").read_text())["global_step"]) < settings.steps:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    done, spent = state["global_step"], [line["minutes"] for line in state["log_history"] if "minutes" in line]
+    if done < settings.steps and (settings.minutes is None or not spent or spent[-1] < settings.minutes):
         say(f"stopped at step {done} of {settings.steps}; the same command goes on from there")
         raise typer.Exit(130)

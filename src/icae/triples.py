@@ -153,22 +153,33 @@ class Pool:
         return list(groups.values())
 
     @cached_property
-    def _orders(self) -> dict[int, np.ndarray]:
-        """The order of the latest epochs, by number."""
+    def _counts(self) -> dict[int, int]:
+        """The triples of an epoch, by the prompts a context."""
+        return {}
+
+    @cached_property
+    def _orders(self) -> dict[int, list[Triple]]:
+        """The triples of the latest epochs, in their order."""
         return {}
 
     def triple(self, turn: int, prompts: int, chance: Callable[[int], np.random.Generator]) -> Triple:
-        """Return the triple whose turn it is: `prompts` of a context in a row, each epoch's contexts in an order of its own."""
-        count = len(self.contexts) if prompts > 1 else len(self.triples)
-        turn, nth = divmod(turn, prompts)
-        epoch, place = divmod(turn, count)
+        """Return the triple whose turn it is: up to `prompts` of a context in a row, each epoch's contexts in an order of its own.
+
+        A context's first triple is among them in every epoch, its others in turn.
+        """
+        if prompts not in self._counts:
+            self._counts[prompts] = sum(min(prompts, len(c)) for c in self.contexts) if prompts > 1 else len(self.triples)
+        epoch, place = divmod(turn, self._counts[prompts])
         if epoch not in self._orders:
             while len(self._orders) > 1:  # a batch may lie in two epochs
                 del self._orders[min(self._orders)]
-            self._orders[epoch] = chance(epoch).permutation(count)
-        drawn = int(self._orders[epoch][place])
-        first, *others = self.contexts[drawn] if prompts > 1 else [self.triples[drawn]]
-        return others[(epoch * (prompts - 1) + nth - 1) % len(others)] if nth and others else first
+            contexts, made = self.contexts if prompts > 1 else [[t] for t in self.triples], []
+            for drawn in chance(epoch).permutation(len(contexts)):
+                first, *others = contexts[drawn]
+                begin, count = epoch * (prompts - 1), min(prompts - 1, len(others))
+                made += [first, *(others[(begin + n) % len(others)] for n in range(count))]
+            self._orders[epoch] = made
+        return self._orders[epoch][place]
 
 
 def _rows(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -1,7 +1,7 @@
 """Contexts and what follows them -> how well that is predicted from text, from slots, from nothing; each side computed once.
 
 All three are scored on the same tokens: what follows but its first token, which from nothing could only be guessed. Slots stay unpolished:
-polishing makes them truer to their text, at some cost to what follows it (docs/log.md).
+polishing makes them truer to their text, which what follows it gains nothing from (docs/log.md).
 """
 
 from __future__ import annotations

@@ -17,10 +17,14 @@ from icae.base import Base, cached
 from icae.chat import full_text
 from icae.decoder import Decoder
 from icae.endpoint import connect, reply
+from icae.errors import ICAEError
 from icae.objectives import padded
 from icae.pwc.prompts import BRIEFLY, Prompt, offered, plan, question, replied, request
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots, Origin, Segment
+
+_PROMPT = 64
+"""Tokens of a prompt and what the template puts around it, at most."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,11 @@ class BaseTeacher:
         for text in texts:
             one, other = (self.base.prompted(full_text(text, words)) for words in ("Why?", "A text."))
             rows.append(one[: _same(one, other)])
+            if len(one) + _PROMPT + self.max_tokens > self.base.max_positions:
+                raise ICAEError(
+                    f"a text of {len(one)} tokens leaves no room for a prompt and {self.max_tokens} tokens of answer in the "
+                    f"{self.base.max_positions} positions of {self.base.name}; lower --most"
+                )
         cache: Any = DynamicCache()
         real = torch.arange(max(map(len, rows)))[None] < torch.tensor([len(row) for row in rows])[:, None]
         self.base.model.get_decoder()(
