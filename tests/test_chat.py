@@ -1,11 +1,13 @@
 """Chat templates of four families, on the tests' tokenizer with each family's own special tokens."""
 
+import dataclasses
 import threading
 
 import pytest
 from tiny import TEMPLATE, make_tokenizer, one_line
 from tokenizers import AddedToken
 
+from icae import chat
 from icae.chat import CUT, chat_prompt, chat_response, encode, end_of_turn, render, tokenize
 from icae.errors import ICAEError
 
@@ -185,6 +187,14 @@ def test_a_response_ends_with_the_tokenizers_eos():
     tokenizer = make_tokenizer()
     ids = chat_response(tokenizer, "Nine letters.")
     assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[:-1]) == "Nine letters."
+
+
+def test_what_leads_a_text_is_asked_in_turns_and_once(base, monkeypatch):
+    held, real = [], type(base.tokenizer).__call__
+    monkeypatch.setattr(type(base.tokenizer), "__call__", lambda *a, **kw: (held.append(chat._turns.locked()), real(*a, **kw))[1])
+    fresh = dataclasses.replace(base)
+    assert fresh.lead == fresh.lead == [base.tokenizer.bos_token_id]
+    assert held == [True, True]
 
 
 def test_threads_do_not_disturb_one_another_s_special_tokens():

@@ -17,7 +17,7 @@ from icae.server.answer import Answer
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill
 from icae.server.row import Row
-from icae.server.scheduler import PREPARING, Closing, Done, Failed, Full, Job, Scheduler, Token
+from icae.server.scheduler import LONG, PREPARING, Closing, Done, Failed, Full, Job, Scheduler, Token
 from icae.slots import MemorySlots
 from icae.stepwise import finished
 
@@ -440,6 +440,40 @@ def test_while_more_wait_than_generate_those_who_are_ready_begin_together(base):
         idle._admit(), idle._prepare()
         running.append(len(idle.running))
     assert running == [4, 5, 6, 7, 7, 7]
+
+
+def test_long_jobs_keep_no_place_from_young_ones_and_take_every_second_piece(base):
+    """Once there was room for four, whoever they were, until one ended."""
+    idle, log = Scheduler(make_icae(base), max_rows=8, max_queue=9), []
+    for _ in range(6):
+        idle.submit(Job(pieces(10**6, log, "long"), lambda event: None, tenant="greedy"))
+
+    def turns(count):
+        for _ in range(count):
+            idle._admit(), idle._prepare()
+
+    turns(8 * LONG)
+    assert len(idle.preparing) == 4 and idle.queued == 2  # of one tenant, half of the rows
+    ended = []
+    for name in "ab":
+        idle.submit(Job(pieces(9, log, name), ended.append, tenant=name))
+    log.clear()
+    turns(40)
+    assert len(ended) == 2
+    last = max(i for i, name in enumerate(log) if name != "long")
+    assert log[:4] == ["a", "long", "b", "long"]
+    assert all((name == "long") == bool(i % 2) for i, name in enumerate(log[: last + 1])) and log.count("long") >= 18
+
+
+def test_jobs_in_preparation_are_bounded(base):
+    idle = Scheduler(make_icae(base), max_rows=2, max_queue=9)
+    for i in range(9):
+        for _ in range(2):
+            idle.submit(Job(pieces(10**6), lambda event: None, tenant=str(i)))
+    for _ in range(12 * LONG):
+        idle._admit(), idle._prepare()
+        assert sum(not job.long for job in idle.preparing) <= 2
+    assert [job.tenant for job in sorted(idle.preparing, key=lambda job: job.made)] == [str(i) for i in range(2 + PREPARING)]
 
 
 def test_tenants_take_turns(scheduler):

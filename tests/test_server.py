@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import icae.decoder
 from icae import store_cli
 from icae.beginnings import echo
-from icae.catalogue import namespace_of
+from icae.catalogue import Busy, namespace_of
 from icae.errors import ICAEError
 from icae.objectives import Example, Marker
 from icae.reader import GREEDY
@@ -149,6 +149,22 @@ def test_a_context_is_read_back_token_by_token(client, model, store):
     assert not short["complete"] and len(short["tokens"]) == len(first)
     problem(client.get(f"/v1/contexts/{'0' * 32}/reading"), 404)
     problem(client.get(f"/v1/contexts/{entry.id}/reading?segments=0"), 422)
+
+
+def test_a_segment_of_one_token_is_read_back(client, model, store):
+    list(store.adding(model, random_ids(17)[0], "a", ratio=16))
+    entry = store.entry("a")
+    assert [s.tokens for s in store.load("a").segments] == [16, 1]
+    reading = client.get(f"/v1/contexts/{entry.id}/reading?segments=64").json()
+    assert reading["complete"] and len(reading["tokens"]) == 17 and reading["tokens"][16]["surprise"] == 0
+
+
+def test_a_reading_of_the_first_segments_leaves_the_others_alone(client, model, store, monkeypatch):
+    store.add(model, TEXT, "a")
+    read, real = [], MemorySlots.segment
+    monkeypatch.setattr(MemorySlots, "segment", lambda slots, number: read.append(number) or real(slots, number))
+    assert client.get(f"/v1/contexts/{store.entry('a').id}/reading?segments=2").status_code == 200
+    assert read == [0, 1] and len(store.load("a").segments) > 2
 
 
 @pytest.mark.parametrize(
@@ -337,6 +353,18 @@ def test_completions_continue_texts_and_contexts(client, model, store):
     assert client.post("/v1/completions", json={"prompt": LINES[0], "max_tokens": 12}).json()["choices"][0]["text"] == model.base.decode(
         made
     )
+    for one in (LINES[0], ids):
+        told = [client.post("/v1/completions", json={"prompt": p, "max_tokens": 12}).json()["choices"] for p in (one, [one])]
+        assert told[0] == told[1]
+    texts = [client.post("/v1/completions", json={"prompt": p, "max_tokens": 12}).json()["choices"] for p in (["42"], "42", [42])]
+    assert texts[0] == texts[1] != texts[2]
+    for several in (["a", "b"], [[5], [6]], ["a", 5]):
+        problem(client.post("/v1/completions", json={"prompt": several}), 422, "prompt: ", "one by one")
+    for bad in ([5, 6.0], [True], [None], [[["a"]]]):
+        problem(client.post("/v1/completions", json={"prompt": bad}), 422, "prompt")
+    problem(client.post("/v1/completions", json={"prompt": "a", "logprobs": 0}), 422, "logprobs is not supported")
+    neutral = {"logprobs": None, "echo": False, "n": 1, "presence_penalty": 0.0, "logit_bias": {}, "suffix": None, "best_of": 1}
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2, **neutral}).status_code == 200
     problem(client.post("/v1/completions", json={"prompt": [10**6]}), 400, "ids")
     problem(client.post("/v1/completions", json={"prompt": ""}), 400, "empty")
 
@@ -378,6 +406,8 @@ def test_speech_holds_back_what_may_become_a_stop_string(base):
     [
         ({"model": "gpt-9"}, 404, MODEL),
         ({"n": 2}, 422, "n is not supported"),
+        ({"n": 0}, 422, "n is not supported"),
+        ({"logprobs": 0}, 422, "logprobs is not supported"),
         ({"tools": [{}]}, 422, "tools"),
         ({"temperature": -1}, 422, "temperature"),
         ({"top_p": 0}, 422, "top_p"),
@@ -499,6 +529,60 @@ def test_a_text_that_the_store_cannot_keep_takes_no_other_along(model, store):
         assert [e.name for e in store.entries(None)] == ["a0", "a1"]
         assert client.post("/v1/contexts", json={"text": LINES[2], "name": "small"}).status_code == 200
     assert "small" in {e.name for e in store.entries(None)}
+
+
+def test_a_chat_s_new_text_does_not_drive_out_the_context_beside_it(model, store, monkeypatch):
+    monkeypatch.setattr("icae.catalogue.USED_GRAIN", 0)
+    old, other = (store.add(model, line, name).entry for line, name in ((LINES[0], "old"), (LINES[1], "other")))
+    with TestClient(create_app(model, store, limits=Limits(store_bytes=old.bytes + other.bytes + 100))) as client:
+        said(ask(client, context(context_id=old.id), context(text=LINES[1][:60]), max_tokens=2))
+        assert {e.name for e in store.entries()} >= {"old"} and "other" not in {e.name for e in store.entries()}
+
+
+def test_what_was_driven_out_meanwhile_is_not_found(client, model, store, monkeypatch):
+    id, find = store.add(model, TEXT, "a").entry.id, service_room.Service.find
+    missed = client.get(f"/v1/contexts/{'0' * 32}")
+
+    def found_and_lost(self, namespace, id):
+        entry = find(self, namespace, id)
+        store.gc(0)
+        return entry
+
+    monkeypatch.setattr(service_room.Service, "find", found_and_lost)
+    kind = problem(ask(client, context(context_id=id)), 404, "no longer in the store")["type"]
+    assert kind == problem(missed, 404)["type"]
+    monkeypatch.setattr(service_room.Service, "find", find)
+    store.add(model, TEXT, "a")
+    read = store.blobs.read
+    monkeypatch.setattr(store.blobs, "read", lambda key: store.gc(0) and read(key))  # between its list and its files
+    problem(client.get(f"/v1/contexts/{store.entry('a').id}/reading"), 404, "no longer in the store")
+
+
+def test_a_context_is_kept_though_the_clearing_behind_it_finds_the_catalogue_held(model, store, monkeypatch, caplog):
+    def held(*_, **__):
+        raise Busy("another process holds it")
+
+    store.add(model, LINES[0], "old")
+    monkeypatch.setattr(store.catalogue, "evict", held)
+    store.catalogue.wait = 0
+    with TestClient(create_app(model, store, limits=Limits(store_bytes=store.entry("old").bytes * 2))) as client:
+        assert client.post("/v1/contexts", json={"text": LINES[1], "name": "new"}).status_code == 200
+    assert {e.name for e in store.entries()} == {"old", "new"} and "not cleared" in caplog.text
+
+
+def test_contexts_that_are_too_much_together_are_refused_before_they_are_read(model, store, monkeypatch):
+    a, b = (store.add(model, line, name).entry for line, name in ((LINES[0], "a"), (LINES[1], "b")))
+    again = store.add(model, LINES[0], "again").entry
+    read, load = [], SlotStore.read
+    monkeypatch.setattr(SlotStore, "read", lambda self, content: read.append(content) or load(self, content))
+    with TestClient(create_app(model, store, limits=Limits(max_context=a.tokens + b.tokens - 1))) as client:
+        parts = [context(context_id=id) for id in (a.id, again.id, a.id)]
+        problem(ask(client, *parts, context(context_id=b.id)), 400, f"{a.tokens + b.tokens} tokens", "more than")
+        problem(ask(client, context(context_id=b.id), context(text=LINES[0])), 400, "more than")
+        assert read == [] and len(store.entries()) == 3
+        said(ask(client, *parts, context(text=LINES[2][:40]), context(text=LINES[2][:40]), max_tokens=2))
+    with TestClient(create_app(model, store, limits=Limits(max_context=a.tokens - 1))) as client:
+        problem(client.post("/v1/completions", json={"prompt": "", "context_id": a.id}), 400, "more than")
 
 
 def test_what_the_store_lost_is_the_servers_fault_and_tells_no_paths(client, model, store, caplog):
@@ -632,6 +716,8 @@ def test_an_open_server_closes_with_its_first_key_and_stays_closed(model, store)
         problem(client.get("/v1/contexts"), 401)
     with TestClient(create_app(model, store, keyring=keyring)) as client:  # begun with keys, which were taken away
         problem(client.get("/v1/contexts"), 401)
+    with TestClient(create_app(model, store, keyring=keyring, open=True)) as client:  # nobody asked between the two
+        problem(client.get("/v1/contexts"), 401)
 
 
 @pytest.mark.parametrize(
@@ -722,6 +808,16 @@ def test_keys_are_hashed_at_rest_and_revoked_at_once(guarded):
     keyring.path.write_text("[{}]")
     with pytest.raises(ICAEError, match="damaged"):
         keyring.check(new)
+
+
+def test_keys_that_are_made_at_the_same_time_are_all_kept(tmp_path, monkeypatch):
+    write = Keyring._write
+    monkeypatch.setattr(Keyring, "_write", lambda self, rows: (time.sleep(0.01), write(self, rows)))
+    Keyring(tmp_path / "keys.json").add("first")
+    adders = [threading.Thread(target=Keyring(tmp_path / "keys.json").add, args=(f"n{i}",)) for i in range(8)]
+    adders.append(threading.Thread(target=Keyring(tmp_path / "keys.json").remove, args=("first",)))
+    [t.start() for t in adders], [t.join() for t in adders]
+    assert sorted(row["name"] for row in Keyring(tmp_path / "keys.json").rows()) == [f"n{i}" for i in range(8)]
 
 
 def test_every_hash_is_compared(tmp_path, monkeypatch):
@@ -891,7 +987,7 @@ def run(*arguments):
     return result.exception if isinstance(result.exception, ICAEError) else result.stdout
 
 
-def test_serve_s_mistakes_are_one_line(tmp_path):
+def test_serve_s_mistakes_are_one_line(base, tmp_path, monkeypatch):
     at = ["--store", tmp_path]
     one_line(run("--host", "0.0.0.0", *at), "--add-key", "127.0.0.1")
     one_line(run("--limit", "nosuch=1", *at), "nosuch", "max_rows")
@@ -904,6 +1000,16 @@ def test_serve_s_mistakes_are_one_line(tmp_path):
     assert Keyring(tmp_path / "keys.json").check(key) == "ada"
     new = run("--add-key", "ada", "--remove-key", "ada", *at).strip()
     assert [Keyring(tmp_path / "keys.json").check(k) for k in (key, new)] == [None, "ada"]
+    (tmp_path / "file").write_text("x")
+    for options in (["--add-key", "ada"], ["--remove-key", "ada"], []):
+        one_line(run(*options, "--store", tmp_path / "file" / "x"), "ada" if "--remove-key" in options else "file")
+    one_line(run("--remove-key", "x", "--store", tmp_path / "none"), "there are none")
+    assert not (tmp_path / "none").exists()
+    run("--remove-key", "ada", *at)
+    monkeypatch.setattr("uvicorn.run", lambda app, **kw: print("open" if app.state.server.open else "closed"))
+    make_icae(base).save_pretrained(tmp_path / "checkpoint")
+    begin = ["--model", tmp_path / "checkpoint", "--port", "0"]
+    assert run(*begin, *at) == "closed\n" and run(*begin, "--store", tmp_path / "other") == "open\n"
 
 
 def test_the_command_serves_until_it_is_told_to_stop(base, tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -223,7 +224,36 @@ def test_an_interrupted_adding_lists_nothing(store):
     assert store.entries() == [] and store.catalogue.blobs() == []
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_what_an_interrupted_adding_had_finished_is_not_compressed_again(store, dtype):
+    ids, fake, due = [ord(c) for c in text_of(0, 3000)], Fake(), SlotStore(store.folder / "due")
+    steps = store.adding(fake, ids, "a", batch_size=1, dtype=dtype)
+    for _ in range(30):
+        next(steps)
+    steps.close()
+    one, two, *others = blob_files(store)
+    assert others
+    damage(store, one)
+    path = store.folder / "blobs" / two[:2] / f"{two}.safetensors"
+    path.write_bytes((path.parent.parent / others[0][:2] / f"{others[0]}.safetensors").read_bytes())  # reads well, but of other ids
+    for other in others:
+        os.utime(store.folder / "blobs" / other[:2] / f"{other}.safetensors", (0, 0))
+    told, again, total = [], Fake(), 3000
+    total -= sum(unpack(store.blobs.read(key))[0].tokens for key in others)
+    made = finished(store.adding(again, ids, "a", dtype=dtype), told.append)
+    assert again.compressed == total < 3000 and made.fresh == made.entry.chapters
+    assert all(done <= most for done, most in told) and store.verify() == []
+    finished(due.adding(Fake(), ids, "a", dtype=dtype))
+    assert torch.equal(store.load("a").tensors["embeddings"], due.load("a").tensors["embeddings"])
+    assert [b.bytes for b in store.catalogue.blobs()] == [b.bytes for b in due.catalogue.blobs()]
+    assert store.catalogue.sweep(store.blobs.remove, store.blobs.old(60)) == 0 and not list(store.blobs.old(60))
+
+
 # ---- damage ----
+
+
+def broken(*_, **__):
+    raise OSError(errno.EIO, "the disk does not answer")
 
 
 def damage(store, key):
@@ -259,6 +289,75 @@ def test_chapters_of_a_version_that_noted_less_are_named_and_dropped(store):
         db.execute("UPDATE entries SET about = ? WHERE id = ?", (json.dumps(about), store.entry("old").entry))
     assert {name for bad in store.verify(drop=True) for name in bad["names"]} == {"old"}
     assert [e.name for e in store.entries()] == ["new"] and store.verify() == []
+
+
+def test_what_is_out_of_reach_is_not_taken_for_damage(store, monkeypatch):
+    store.add(Fake(), text_of(0), "a")
+    store.add(Fake(), text_of(1), "b")
+    (store.folder / "blobs").rename(store.folder / "unmounted")
+    unreachable(store)
+    (store.folder / "unmounted").rename(store.folder / "blobs")
+    with monkeypatch.context() as down:
+        down.setattr("builtins.open", lambda path, *a, real=open, **kw: broken() if "blobs/" in str(path) else real(path, *a, **kw))
+        unreachable(store)
+    with monkeypatch.context() as down:
+        down.setattr("icae.slots.safe_open", broken)
+        unreachable(store)
+    damage(store, store.catalogue.parts(store.entry("b").entry)[0])
+    with monkeypatch.context() as down:  # goes down on the way
+        read, last = store.blobs.read, store.catalogue.blobs()[-1].key
+        down.setattr(store.blobs, "read", lambda key: (_ for _ in ()).throw(StorageError("down")) if key == last else read(key))
+        unreachable(store)
+    assert len(store.entries()) == 2
+    for data in (b"", b"no slots"):
+        key = store.catalogue.parts(store.entry("a").entry)[0]
+        (store.folder / "blobs" / key[:2] / f"{key}.safetensors").write_bytes(data)
+        assert {name for bad in store.verify() for name in bad["names"]} == {"a", "b"}
+    store.blobs.remove(key)
+    assert len(store.verify(drop=True)) == 2 and store.entries() == []
+
+
+def unreachable(store):
+    with pytest.raises(StorageError) as error:
+        store.verify(drop=True)
+    assert "--drop" not in str(error.value)
+    one_line(error.value)
+    assert len(store.entries()) == 2
+
+
+def test_a_remote_place_that_is_down_is_not_taken_for_damage(tmp_path, monkeypatch):
+    store = SlotStore(tmp_path, blobs="memory://out-of-reach")
+    for i, name in enumerate("ab"):
+        store.add(Fake(), text_of(i), name)
+    with monkeypatch.context() as down:
+        for method in ("get_file", "info", "find", "rm_file", "put_file"):
+            down.setattr(f"fsspec.implementations.memory.MemoryFileSystem.{method}", broken)
+        unreachable(store)
+        asks_in_vain(store)
+    store.blobs.remove(store.catalogue.blobs()[0].key)
+    assert len(store.verify(drop=True)) == 1
+
+
+def test_a_folder_out_of_reach_is_one_line(store, monkeypatch):
+    store.add(Fake(), text_of(0), "a")
+    for path in store.folder.rglob("*.safetensors"):
+        os.utime(path, (0, 0))
+    for method in ("stat", "unlink", "mkdir"):
+        monkeypatch.setattr(f"pathlib.Path.{method}", broken)
+    asks_in_vain(store)
+
+
+def asks_in_vain(store):
+    key = store.catalogue.blobs()[0].key
+    for ask in (
+        lambda: store.blobs.remove(key),
+        lambda: store.blobs.missing([key]),
+        lambda: list(store.blobs.old(-60)),
+        lambda: store.add(Fake(), text_of(5), "c"),
+    ):
+        with pytest.raises(StorageError) as error:
+            ask()
+        one_line(error.value, "the disk does not answer")
 
 
 def test_a_blob_under_another_key_is_found_out(store):
@@ -324,7 +423,7 @@ def test_gc_clears_what_dead_writers_left_but_not_what_is_being_written(store):
     store.add(Fake(), text_of(0), "a")
     kept, folder = blob_files(store), store.folder / "blobs" / "ab"
     folder.mkdir(exist_ok=True)
-    names = ["ab" + "0" * 62 + ".safetensors", "." + "ab" + "1" * 62 + ".safetensors.x1y2"]
+    names = ["ab" + "0" * 62 + ".safetensors", "." + "ab" + "1" * 62 + ".safetensors." + "1f" * 8]
     for name in names:
         (folder / name).write_bytes(b"left")
     store.gc()
@@ -333,6 +432,43 @@ def test_gc_clears_what_dead_writers_left_but_not_what_is_being_written(store):
         os.utime(folder / name, (time.time() - 7200,) * 2)
     store.gc()
     assert not any((folder / name).exists() for name in names) and blob_files(store) == kept
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_in_a_place_of_the_user_s_own_no_other_file_is_touched(tmp_path, remote):
+    place = tmp_path / "mine"
+    store = SlotStore(tmp_path / "store", blobs=f"file://{place}" if remote else str(place))
+    (place / "ab" / ("b" * 64 + ".safetensors")).mkdir(parents=True)
+    key = "ab" + "0" * 62
+    for name in ("notes.txt", key, key + ".zip", "." + key + ".safetensors.x1y2", "thesis.part", key + ".safetensors.old"):
+        (place / "ab" / name).write_text("mine")
+    left = f"{key}.safetensors.17.part" if remote else f".{key}.safetensors.{'0f' * 8}"
+    (place / "ab" / left).write_text("half")
+    before = {p.name for p in place.rglob("*")}
+    for path in place.rglob("*"):
+        os.utime(path, (1, 1))
+    assert store.gc()["files"] == 0 and {p.name for p in place.rglob("*")} == before - {left}
+
+
+def test_one_place_is_one_store_s(tmp_path):
+    for i, place in enumerate((str(tmp_path / "slots"), "memory://of-one-store")):
+        mine = SlotStore(tmp_path / f"mine{i}", blobs=place)
+        mine.add(Fake(), text_of(0), "a")
+        assert SlotStore(mine.folder, blobs=place).load("a").tokens == 300
+        theirs = tmp_path / f"theirs{i}"
+        for _ in range(2):
+            with pytest.raises(ICAEError) as error:
+                SlotStore(theirs, blobs=place)
+            one_line(error.value, "another store", place[-8:], "delete store-id")
+        SlotStore(theirs).gc()  # has its slots beside it, since it was refused the place
+        assert mine.verify() == []
+    assert not (SlotStore(tmp_path / "plain").folder / "blobs" / "store-id").exists()
+
+
+def test_a_place_that_is_down_keeps_nobody_from_listing(tmp_path, monkeypatch):
+    SlotStore(tmp_path, blobs="memory://down").add(Fake(), text_of(0), "a")
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", broken)
+    assert [e.name for e in SlotStore(tmp_path).entries()] == ["a"]
 
 
 def test_files_are_deleted_a_few_at_a_time(store):
@@ -353,6 +489,15 @@ def test_files_are_deleted_a_few_at_a_time(store):
     done, failing = len(gone), False
     assert done == AT_ONCE + 1 and store.catalogue.sweep(remove) == 3
     assert gone[:AT_ONCE] + gone[AT_ONCE + 1 :] == sorted(keys) and store.catalogue.sweep(remove) == 0
+
+
+def test_listed_files_that_are_old_cost_no_transaction(store, monkeypatch):
+    store.add(Fake(), text_of(0, 3000), "a")
+    keys, begun, writing = blob_files(store), [], Catalogue._writing
+    monkeypatch.setattr(Catalogue, "_writing", lambda self, wait=None: begun.append(wait) or writing(self, wait))
+    assert store.catalogue.sweep(store.blobs.remove, keys) == 0 and begun == []
+    assert store.catalogue.sweep(store.blobs.remove, [*keys, "0" * 64]) == 1 and len(begun) == 1
+    assert store.verify() == []
 
 
 @pytest.mark.parametrize("dtype, size, error", [("float32", 4, 0), ("float16", 2, 1e-3), ("bfloat16", 2, 1e-2), ("int8", 1, 1e-2)])

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icae.chat import chat_prompt, chat_template, end_of_turn, tokenize
+from icae.chat import chat_prompt, chat_template, end_of_turn, lead, tokenize
 from icae.errors import ICAEError
 from icae.grounding import Vocabulary, Words
 
@@ -103,11 +103,10 @@ class Base:
         rules = json.dumps(sorted(self.tokenizer.get_vocab().items())) if fast is None else fast.to_str()
         return hashlib.sha256(rules.encode()).hexdigest()
 
-    @property
+    @cached_property
     def lead(self) -> list[int]:
         """Special ids that the tokenizer itself puts before a text (BOS, for many families)."""
-        ids, bare = self.tokenizer("a")["input_ids"], self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        return ids[: ids.index(bare[0])] if bare and bare[0] in ids else []
+        return lead(self.tokenizer)
 
     def led(self, ids: list[int]) -> list[int]:
         """Return ids behind `lead`, unless they begin with it."""

@@ -13,17 +13,25 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 from icae.slots import MemorySlots
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
 _SCALE = ".scale"
+CLAIM = "store-id"
+"""The file in a place for blobs that says whose they are."""
 _KEY = re.compile(r"[0-9a-f]{64}")
+_BLOB = re.compile(rf"({_KEY.pattern})\.safetensors")
+_NEIGHBOUR = re.compile(rf"\.{_BLOB.pattern}\.[0-9a-f]{{16}}")
+"""What a blob is called while it is written (atomic.py)."""
+_PART = re.compile(rf"{_BLOB.pattern}\.\d+\.part")
+"""What a blob is called while it goes up."""
 
 
 def pack(slots: MemorySlots, ids: list[int], dtype: str) -> MemorySlots:
@@ -62,13 +70,13 @@ def unpack(packed: MemorySlots) -> tuple[MemorySlots, list[int]]:
 
 
 class Blobs(Protocol):
-    """Blobs by key (64 hexadecimal digits)."""
+    """Blobs by key (64 hexadecimal digits). Where the place cannot be reached, whatever is asked raises `StorageError`."""
 
     def write(self, key: str, packed: MemorySlots) -> int:
         """Store a blob, whole or not at all; return its bytes."""
 
     def read(self, key: str) -> MemorySlots:
-        """Return a blob, its checksum verified; raises `ICAEError` if it is missing or damaged."""
+        """Return a blob, its checksum verified; raises `ICAEError`, and no `StorageError`, if it is missing or damaged."""
 
     def missing(self, keys: list[str]) -> list[str]:
         """Return those of `keys` that are not there."""
@@ -77,7 +85,10 @@ class Blobs(Protocol):
         """Delete a blob, if it is there."""
 
     def old(self, seconds: float) -> Iterator[str]:
-        """Yield the keys of blobs older than `seconds`, and clear away what writers that died left behind."""
+        """Yield the keys of blobs older than `seconds`, and clear away what writers that died left behind; other files stay."""
+
+    def claim(self, owner: str) -> None:
+        """Note that the place is a store's own, by its id; raises `ICAEError` if it is another's."""
 
 
 def open_blobs(place: str | Path) -> Blobs:
@@ -97,6 +108,28 @@ def _file(key: str) -> str:
     return f"{key[:2]}/{key}.safetensors"
 
 
+@contextmanager
+def _reaching(place: object) -> Iterator[None]:
+    """Turn a file system's own errors, of whatever kind, into one `StorageError` that names the place."""
+    try:
+        yield
+    except ICAEError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise StorageError(str(error)) from error
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StorageError(f"the slots at {place} cannot be reached ({reason}); see that they can, then try again") from error
+
+
+def _check_claim(place: object, found: str, owner: str) -> None:
+    if found.strip() != owner:
+        raise ICAEError(
+            f"another store keeps its slots at {place}, and each would clear the other's away; name another place, or delete "
+            f"{CLAIM} there if that store is gone"
+        )
+
+
 class FolderBlobs:
     """Blobs in a local folder."""
 
@@ -106,38 +139,57 @@ class FolderBlobs:
     def write(self, key: str, packed: MemorySlots) -> int:
         """Store a blob: to a neighbouring file first, which then takes the name."""
         path = self.folder / _file(key)
-        try:
+        with _reaching(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ICAEError(f"could not write to the store {self.folder}: {error.strerror or error}") from error
-        packed.save(path)
-        return path.stat().st_size
+            packed.save(path)
+            return path.stat().st_size
 
     def read(self, key: str) -> MemorySlots:
         """Return a blob, its checksum verified."""
-        return MemorySlots.load(self.folder / _file(key))
+        path = self.folder / _file(key)
+        with _reaching(self.folder):
+            try:
+                with open(path, "rb") as file:  # safetensors does not tell a file that may not be read from one that is not there
+                    file.read(1)
+            except FileNotFoundError:
+                self.folder.stat()
+                raise ICAEError(f"blob {key[:12]} is not at {self.folder} any more") from None
+            return MemorySlots.load(path)
 
     def missing(self, keys: list[str]) -> list[str]:
         """Return those of `keys` that are not there."""
-        return [key for key in keys if not (self.folder / _file(key)).exists()]
+        with _reaching(self.folder):
+            return [key for key in keys if not (self.folder / _file(key)).exists()]
 
     def remove(self, key: str) -> None:
         """Delete a blob, if it is there."""
-        (self.folder / _file(key)).unlink(missing_ok=True)
+        with _reaching(self.folder):
+            (self.folder / _file(key)).unlink(missing_ok=True)
 
     def old(self, seconds: float) -> Iterator[str]:
         """Yield old blobs' keys; unlink old temporary files."""
         before = time.time() - seconds
-        for path in self.folder.glob("??/*"):
+        with _reaching(self.folder):
+            for path in self.folder.glob("??/*"):
+                blob, left = _BLOB.fullmatch(path.name), _NEIGHBOUR.fullmatch(path.name)
+                with suppress(FileNotFoundError):
+                    if not (blob or left) or not path.is_file() or path.stat().st_mtime > before:
+                        continue
+                    if left:
+                        path.unlink()
+                if blob:
+                    yield blob[1]
+
+    def claim(self, owner: str) -> None:
+        """Note that the folder is a store's own."""
+        path = self.folder / CLAIM
+        with _reaching(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                if path.stat().st_mtime > before:
-                    continue
-            except FileNotFoundError:
-                continue
-            if _KEY.fullmatch(path.stem):
-                yield path.stem
-            else:
-                path.unlink(missing_ok=True)
+                with open(path, "x") as file:
+                    file.write(owner)
+            except FileExistsError:
+                _check_claim(self.folder, path.read_text(errors="replace"), owner)
 
 
 class RemoteBlobs:
@@ -150,68 +202,72 @@ class RemoteBlobs:
             self.fs, self.root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ICAEError(f"cannot open {url!r} ({error}); install icae[serve] and the file system's own package") from error
+        self.root = self.root.rstrip("/")
 
     def _path(self, key: str) -> str:
-        return f"{self.root.rstrip('/')}/{_file(key)}"
+        return f"{self.root}/{_file(key)}"
 
     def write(self, key: str, packed: MemorySlots) -> int:
         """Store a blob: written locally, uploaded under another name, then renamed."""
         path = self._path(key)
-        with tempfile.TemporaryDirectory() as scratch:
+        with _reaching(self.root), tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / "blob"
             packed.save(local)
             mark = f"{path}.{time.time_ns()}.part"
-            with self._named(key):
-                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-                self.fs.put_file(str(local), mark)
-                self.fs.mv(mark, path)
+            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            self.fs.put_file(str(local), mark)
+            self.fs.mv(mark, path)
             return local.stat().st_size
 
     def read(self, key: str) -> MemorySlots:
         """Return a blob, its checksum verified."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with _reaching(self.root), tempfile.TemporaryDirectory() as scratch:
             local = Path(scratch) / "blob"
-            with self._named(key):
+            try:
                 self.fs.get_file(self._path(key), str(local))
+            except FileNotFoundError:
+                raise ICAEError(f"blob {key[:12]} is not at {self.root} any more") from None
             return MemorySlots.load(local)
 
     def missing(self, keys: list[str]) -> list[str]:
         """Return those of `keys` that are not there."""
-        return [key for key in keys if not self.fs.exists(self._path(key))]
+        with _reaching(self.root):
+            return [key for key in keys if not self._there(self._path(key))]
 
     def remove(self, key: str) -> None:
         """Delete a blob, if it is there."""
-        if self.fs.exists(self._path(key)):
-            self.fs.rm_file(self._path(key))
+        with _reaching(self.root), suppress(FileNotFoundError):
+            if self._there(self._path(key)):
+                self.fs.rm_file(self._path(key))
 
     def old(self, seconds: float) -> Iterator[str]:
         """Yield old blobs' keys; delete old halves of uploads."""
         before = time.time() - seconds
-        for path, about in self.fs.find(self.root, detail=True).items():
-            made: Any = about.get("mtime") or about.get("created") or about.get("LastModified")
-            made = made.timestamp() if hasattr(made, "timestamp") else made
-            if made is None or made > before:
-                continue
-            stem = path.rsplit("/", 1)[-1].split(".", 1)
-            if _KEY.fullmatch(stem[0]) and stem[1] == "safetensors":
-                yield stem[0]
-            elif path.endswith(".part"):
-                self.fs.rm_file(path)
+        with _reaching(self.root):
+            for path, about in self.fs.find(self.root, detail=True).items():
+                made: Any = about.get("mtime") or about.get("created") or about.get("LastModified")
+                made = made.timestamp() if hasattr(made, "timestamp") else made
+                if made is None or made > before:
+                    continue
+                name = path.rsplit("/", 1)[-1]
+                if blob := _BLOB.fullmatch(name):
+                    yield blob[1]
+                elif _PART.fullmatch(name):
+                    self.fs.rm_file(path)
 
-    def _named(self, key: str) -> Any:
-        """Turn a file system's own errors, of whatever kind, into one that names the blob."""
-        return _Named(self.root, key)
+    def claim(self, owner: str) -> None:
+        """Note that the place is a store's own; read back, since of two that claim at once the last one's note stays."""
+        path = f"{self.root}/{CLAIM}"
+        with _reaching(self.root):
+            if not self._there(path):
+                self.fs.makedirs(self.root, exist_ok=True)
+                self.fs.pipe_file(path, owner.encode())
+            _check_claim(self.root, self.fs.cat_file(path).decode(errors="replace"), owner)
 
-
-@dataclasses.dataclass
-class _Named:
-    root: str
-    key: str
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ICAEError(f"blob {self.key[:12]} at {self.root} is not to be had ({reason}); check the store's URL") from error
+    def _there(self, path: str) -> bool:
+        """Tell whether a file is there; `fs.exists` takes a place that is down for one without the file."""
+        try:
+            self.fs.info(path)
+        except FileNotFoundError:
+            return False
+        return True

@@ -122,15 +122,19 @@ class Catalogue:
         except (OSError, StorageError) as error:
             raise ICAEError(f"{path.parent} is no store and cannot become one: {error}") from error
 
+    def fixed(self, name: str) -> str | None:
+        """Return a setting of the store; none: it has no such one yet."""
+        with self._connected() as db:
+            found = db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+            return found[0] if found else None
+
     def setting(self, name: str, default: str) -> str:
         """Return a setting of the store, fixed to `default` by the first who asks."""
-        asked = "SELECT value FROM settings WHERE name = ?"
-        with self._connected() as db:
-            if found := db.execute(asked, (name,)).fetchone():
-                return found[0]
+        if (found := self.fixed(name)) is not None:
+            return found
         with self._writing() as db:
             db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (name, default))
-            return db.execute(asked, (name,)).fetchone()[0]
+            return db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()[0]
 
     def sizes(self, keys: Iterable[str]) -> dict[str, int]:
         """Return the bytes of those blobs of `keys` that are listed."""
@@ -270,7 +274,9 @@ class Catalogue:
         A few at a time, with the lock let go between: files may lie on a slow file system, and others wait to write.
         """
         with self._connected(wait) as db:
-            keys = list(dict.fromkeys([*(k for (k,) in db.execute("SELECT key FROM trash")), *orphans]))
+            listed = {k for (k,) in db.execute("SELECT key FROM blobs")}
+            trash = [k for (k,) in db.execute("SELECT key FROM trash")]
+            keys = list(dict.fromkeys([*trash, *(k for k in orphans if k not in listed)]))
         gone = 0
         for at in range(0, len(keys), AT_ONCE):
             with self._writing(wait) as db:

@@ -41,6 +41,13 @@ def tokenize(tokenizer: Any, text: str, *, special: bool) -> list[int]:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 
 
+def lead(tokenizer: Any) -> list[int]:
+    """Return the special ids that a tokenizer itself puts before a text; in turns with `tokenize`, whose choice it would undo."""
+    with _turns:
+        ids, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return ids[: ids.index(bare[0])] if bare and bare[0] in ids else []
+
+
 def full_text(text: str, prompt: str) -> str:
     """Return the prompt that holds a whole text and a question about it: what slots are compared with, and what teaches them."""
     return f"{text}\n\n{prompt}"

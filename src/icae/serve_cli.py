@@ -60,13 +60,12 @@ def serve(
             raise ICAEError(
                 "--add-key and --remove-key of two names go one at a time; of one name, they put a new key in its old ones' place"
             )
-        folder.mkdir(parents=True, exist_ok=True)
         print(keyring.add(add_key, alone=remove_key is not None))
         return
     if remove_key is not None:
         print(f"removed {keyring.remove(remove_key)} keys", file=sys.stderr)
         return
-    open_to_all = not keyring.rows()
+    open_to_all = not keyring.made
     if open_to_all and not _own(host):
         raise ICAEError(f"nobody listens on {host} without API keys: make one with `icae serve --add-key NAME`, or use --host 127.0.0.1")
     from icae.checkpoint import find_checkpoint

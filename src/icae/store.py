@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from icae.base import cache_folder
-from icae.blobs import DTYPES, open_blobs, pack, unpack
+from icae.blobs import DTYPES, Blobs, open_blobs, pack, unpack
 from icae.catalogue import KEY, Blob, Busy, Catalogue, Entry
 from icae.chapters import chapters
 from icae.config import FORMAT_VERSION, POLISH_RATES
@@ -41,6 +42,10 @@ SHORT_WAIT = 0.05
 """Seconds that whoever adds a text waits for another process at once, before other work goes between."""
 
 T = TypeVar("T")
+
+
+class Gone(ICAEError):
+    """A content is no longer in the store."""
 
 
 class Compressor(Protocol):
@@ -62,7 +67,7 @@ class Added:
 
     entry: Entry
     fresh: int
-    """Chapters that had to be compressed."""
+    """Chapters that the store did not list: compressed, or found as files that an interrupted adding had finished."""
 
 
 class SlotStore:
@@ -81,14 +86,19 @@ class SlotStore:
         Raises
         ------
         ICAEError
-            If the folder cannot be written, or the store was made with other `blobs`.
+            If the folder cannot be written, the store was made with other `blobs`, or another store was made with these.
         """
         self.folder = Path(folder) if folder is not None else cache_folder() / "store"
         self.catalogue = Catalogue(self.folder / "catalogue.sqlite")
+        if blobs is not None and self.catalogue.fixed("blobs") is None:
+            self._at(blobs).claim(self.catalogue.setting("id", secrets.token_hex(16)))
         place = self.catalogue.setting("blobs", blobs or "blobs")
         if blobs is not None and place != blobs:
             raise ICAEError(f"the store {self.folder} keeps its slots in {place!r}, not in {blobs!r}; leave that option away")
-        self.blobs = open_blobs(place if "://" in place else self.folder / place)
+        self.blobs = self._at(place)
+
+    def _at(self, place: str) -> Blobs:
+        return open_blobs(place if "://" in place else self.folder / place)
 
     # ---- writing ----
 
@@ -175,12 +185,16 @@ class SlotStore:
         while True:
             for key, row in todo.items():
                 pieces, made = [row[a:b] for a, b in cut(len(row), length, ratio)], []
-                for at in range(0, len(pieces), batch_size):
-                    made += yield from saying(told, model.compressing(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size))
-                    done += len(pieces[at : at + batch_size])
-                slots = MemorySlots.concatenate(made, same=True)
-                sizes[key] = self._write(key, pack(slots, row, dtype))
-                fresh[key] = Blob(key, sizes[key], slots.tokens, slots.count, len(slots.segments))
+                if (packed := self._finished(key, row)) is not None:
+                    done += len(pieces)
+                    yield told(0)
+                else:
+                    for at in range(0, len(pieces), batch_size):
+                        made += yield from saying(told, model.compressing(pieces[at : at + batch_size], ratio=ratio, batch_size=batch_size))
+                        done += len(pieces[at : at + batch_size])
+                    packed = pack(MemorySlots.concatenate(made, same=True), row, dtype)
+                sizes[key] = self.blobs.write(key, packed)
+                fresh[key] = Blob(key, sizes[key], packed.tokens, packed.count, len(packed.segments))
             if most is not None and (size := sum(sizes[key] for key in keys)) > most:
                 self.catalogue.sweep(self.blobs.remove, fresh)
                 raise ICAEError(f"the text's slots take {size} bytes, the store may keep {most} (--limit store_bytes)")
@@ -224,7 +238,8 @@ class SlotStore:
         Raises
         ------
         ICAEError
-            If there is no such name; `StorageError` if a blob of it is missing or damaged.
+            If there is no such name, `Gone` if there is no such content any more; `StorageError` if a blob of it is missing, damaged or
+            out of reach.
         """
         return self.read(self.entry(name, namespace).entry)[0]
 
@@ -232,23 +247,36 @@ class SlotStore:
         """Return slots and token ids of a content, and note its use; errors as for `load`."""
         parts = self.catalogue.parts(content)
         if not parts:
-            raise ICAEError("this context is no longer in the store; add it again")
-        with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as several:  # reading and hashing let other threads run
-            read = list(several.map(self._blob, parts))
+            raise Gone("this context is no longer in the store; add it again")
+        try:
+            with ThreadPoolExecutor(min(len(parts), os.cpu_count() or 1)) as several:  # reading and hashing let other threads run
+                read = list(several.map(self._blob, parts))
+        except StorageError:
+            if self.catalogue.parts(content):
+                raise
+            raise Gone("this context is no longer in the store; add it again") from None
         self.catalogue.touch(content)
         return MemorySlots.concatenate([slots for slots, _ in read], same=True), [i for _, ids in read for i in ids]
 
     def _blob(self, key: str) -> tuple[MemorySlots, list[int]]:
         try:
             return unpack(self.blobs.read(key))
+        except StorageError:
+            raise
         except (ICAEError, KeyError) as error:
             raise StorageError(f"{error}; `icae store verify --drop` clears it away, then add the text again") from error
 
-    def _write(self, key: str, packed: MemorySlots) -> int:
+    def _finished(self, key: str, ids: list[int]) -> MemorySlots | None:
+        """Return the blob of a chapter, as it is stored, that an interrupted adding had finished; its key vouches for all but the ids."""
+        if self.blobs.missing([key]):
+            return None
         try:
-            return self.blobs.write(key, packed)
-        except ICAEError as error:
-            raise StorageError(str(error)) from error
+            packed = self.blobs.read(key)
+        except StorageError:
+            raise
+        except (ICAEError, KeyError):
+            return None
+        return packed if packed.ids is not None and packed.ids.tolist() == ids else None
 
     # ---- keeping house ----
 
@@ -272,6 +300,11 @@ class SlotStore:
         -------
         list of dict
             For each damaged blob its `key`, the `problem`, and the `names` that need it.
+
+        Raises
+        ------
+        StorageError
+            If blobs cannot be reached; nothing is dropped then.
         """
         bad: list[dict[str, Any]] = []
         listed, entries = self.catalogue.blobs(), self.catalogue.entries()
@@ -283,17 +316,19 @@ class SlotStore:
             problem = self._problem(blob, users.get(blob.key, []))
             if problem is not None and self.catalogue.sizes([blob.key]):  # not removed by another process meanwhile
                 bad.append({"key": blob.key, "problem": problem, "names": [e.name for e in users.get(blob.key, [])]})
-                if drop:
-                    self.catalogue.disown(blob.key)
             if progress is not None:
                 progress(done, len(listed))
         if drop:
+            for b in bad:
+                self.catalogue.disown(b["key"])
             self.catalogue.sweep(self.blobs.remove)
         return bad
 
     def _problem(self, blob: Blob, users: list[Entry]) -> str | None:
         try:
             slots, ids = unpack(self.blobs.read(blob.key))
+        except StorageError:
+            raise
         except (ICAEError, KeyError) as error:
             return str(error)
         if slots.count != blob.slots or slots.tokens != len(ids):

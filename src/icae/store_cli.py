@@ -73,7 +73,7 @@ def add(
         row = {**_row(added.entry), "fresh": added.fresh, "seconds": time.perf_counter() - begin}
         rows.append(row)
         if not as_json:
-            print(f"{t.name}: {row['tokens']} tokens, {row['slots']} slots, {added.fresh} of {row['chapters']} chapters compressed")
+            print(f"{t.name}: {row['tokens']} tokens, {row['slots']} slots, {added.fresh} of {row['chapters']} chapters new")
     if not rows:
         raise ICAEError(f"nothing in {' '.join(sources)} is a text to compress")
     if as_json:

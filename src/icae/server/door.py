@@ -86,11 +86,11 @@ _bearer = HTTPBearer(auto_error=False, description="An API key, as `icae serve -
 
 
 def tenant_of(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> str:
-    """Return the namespace of a request's key; on a server that is open and has no keys, that of the command line."""
+    """Return the namespace of a request's key; on a server that is open and never had keys, that of the command line."""
     refuse_other_sites(request)
     server = server_of(request)
     keyring = server.keyring
-    if keyring is None or (server.open and not keyring.rows()):
+    if keyring is None or (server.open and not keyring.made):
         return ""
     server.open = False  # once there were keys, taking the last one away lets nobody in
     name = keyring.check(given.credentials) if given is not None else None

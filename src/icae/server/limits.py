@@ -21,7 +21,7 @@ class Limits:
     )
     max_queue: int = setting(64, "Requests of one key that may wait; past it: 429.")
     max_body: int = setting(16 << 20, "Bytes of a request body, at most.")
-    max_context: int = setting(200_000, "Tokens of a text to compress, at most.")
+    max_context: int = setting(200_000, "Tokens of a text to compress, and of all contexts of a chat together, at most.")
     max_messages: int = setting(256, "Messages of a chat, at most.")
     prefix_bytes: int = setting(1 << 30, "Memory for keys and values of contexts asked lately.")
     slot_bytes: int = setting(1 << 30, "Memory for slots of long contexts asked lately: each prompt is about another part of them.")

@@ -2,12 +2,13 @@
 
 An iteration of the thread:   forget what was cancelled or is too late
                               take new jobs, one of each tenant in turn, while there is room
-                              let one job in preparation do its next piece (a segment, a gradient step on it, 128 tokens of a prompt);
+                              let one job in preparation do its next piece (a segment, a gradient step on it, 128 tokens of a prompt),
+                                  a young one and a long one, which has had many pieces, by turns;
                                   while more jobs wait than generate, one that is ready begins another: they step together the sooner
                               one step of all rows that generate, which guess ahead
 
 So a new request joins the others' batch at the next step, and a long text that is being compressed holds nobody up for longer than
-one piece. (Iteration-level scheduling: Orca, Yu et al., OSDI 2022.)
+one piece. Long jobs take every second piece, and no room from young ones. (Iteration-level scheduling: Orca, Yu et al., OSDI 2022.)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,9 @@ log = logging.getLogger("icae.server")
 STORAGE = "what the server keeps is damaged or cannot be written; its log says more"
 """What clients are told of a `StorageError`: its paths and mends are the server's owner's."""
 PREPARING = 4
-"""Jobs in preparation at once, at most."""
+"""Young jobs in preparation at once, at most; and with long ones, as many more than `max_rows`."""
+LONG = 16
+"""Pieces after which a job in preparation is long, and no longer young."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,13 @@ class Job:
         self.made = self.looked = time.monotonic()
         self.deadline = self.made + timeout
         self.cancelled = False
+        self.pieces = 0
         self.answer: Answer | None = None
+
+    @property
+    def long(self) -> bool:
+        """Whether it has had many pieces."""
+        return self.pieces >= LONG
 
     def cancel(self) -> None:
         """Have the job forgotten at the next iteration; it gets no further events."""
@@ -119,7 +128,7 @@ class Scheduler:
             Owned by the scheduler's thread from `start` on.
         max_rows : int
             Rows under way at once, above which no further job is taken in: those that generate (several for an answer that is begun in
-            several ways), and one for each job in preparation.
+            several ways), and one for each young job in preparation. Of one tenant half as many jobs are in preparation, at most.
         max_queue : int
             Jobs of one tenant that may wait.
         guesses : int
@@ -129,6 +138,7 @@ class Scheduler:
         self.waiting: dict[str, deque[Job]] = {}
         self.preparing: deque[Job] = deque()
         self.running: list[Job] = []
+        self.longs_turn = False
         self.changed = threading.Condition()
         self.closing = False
         self.steps = self.step_rows = self.finished = 0
@@ -154,11 +164,6 @@ class Scheduler:
     def active(self) -> int:
         """Jobs under way."""
         return len(self.preparing) + len(self.running)
-
-    @property
-    def _rows(self) -> int:
-        """Rows under way, one for each job that is in preparation, whatever number it will begin with."""
-        return len(self.preparing) + len(self.batch.rows)
 
     def submit(self, job: Job) -> None:
         """Queue a job.
@@ -244,12 +249,21 @@ class Scheduler:
     def _admit(self) -> None:
         """Take jobs in, one of each tenant in turn."""
         with self.changed:
-            while self.queued and self._rows < self.max_rows and len(self.preparing) < PREPARING:
-                tenant = next(t for t, line in self.waiting.items() if line)
+            while self._has_room():
+                held = Counter(job.tenant for job in self.preparing)
+                tenant = next((t for t, line in self.waiting.items() if line and held[t] < max(1, self.max_rows // 2)), None)
+                if tenant is None:
+                    return
                 line = self.waiting.pop(tenant)
                 self.preparing.append(line.popleft())
                 if line:
                     self.waiting[tenant] = line  # at the end: the others come first
+
+    def _has_room(self) -> bool:
+        """Tell whether another job may be prepared; each young one counts as one row, whatever number it will begin with."""
+        young = sum(not job.long for job in self.preparing)
+        fits = young < PREPARING and young + len(self.batch.rows) < self.max_rows
+        return fits and len(self.preparing) < self.max_rows + PREPARING
 
     def _prepare(self) -> None:
         """Let a job in preparation do its next piece; another as well when that was its last, while more wait than generate."""
@@ -257,13 +271,16 @@ class Scheduler:
             self._admit()
 
     def _piece(self) -> bool:
-        """Let the first job in preparation do its next piece; tell whether it was its last."""
+        """Let the job in preparation whose turn it is do its next piece; tell whether it was its last."""
         if not self.preparing:
             return False
-        job = self.preparing[0]
+        job = next((job for job in self.preparing if job.long == self.longs_turn), self.preparing[0])
+        self.longs_turn = not job.long
         try:
             next(job.work)
-            self.preparing.rotate(-1)
+            job.pieces += 1
+            self.preparing.remove(job)
+            self.preparing.append(job)
             return False
         except StopIteration as end:
             self._begin(job, end.value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from icae.config import MOST_BEGINNINGS
 
@@ -18,7 +18,7 @@ _UNSUPPORTED: dict[str, Any] = {
     "tools": None,
     "functions": None,
     "logprobs": None,
-    "top_logprobs": None,
+    "top_logprobs": 0,
     "response_format": {"type": "text"},
     "logit_bias": None,
     "audio": None,
@@ -101,7 +101,8 @@ class Generation(BaseModel):
     def _supported(cls, values: Any) -> Any:
         if isinstance(values, dict):
             for name, neutral in _UNSUPPORTED.items():
-                if values.get(name) not in (None, neutral, [], {}, False):
+                value = values.get(name)
+                if value is not None and value is not False and value not in (neutral, [], {}):  # 0 would equal False
                     raise ValueError(f"{name} is not supported by this server; leave it away")
         return values
 
@@ -116,8 +117,19 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """`POST /v1/completions`: the text goes on; after a context, as its continuation."""
 
-    prompt: Text | Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)] = ""
+    prompt: Text | Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]], Field(max_length=1 << 20)] = Field(
+        "", description="A text, or token ids; a list of one prompt is that prompt."
+    )
     context_id: ContextId | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and any(isinstance(part, (str, list)) for part in prompt):
+            if len(prompt) > 1:
+                raise ValueError("a request has one prompt; send several one by one")
+            return prompt[0]
+        return prompt
 
 
 class ContextRequest(BaseModel):

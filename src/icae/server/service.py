@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import logging
 import re
 import secrets
 import time
@@ -20,7 +21,7 @@ from icae.base import Base
 from icae.beginnings import echo
 from icae.catalogue import Entry
 from icae.chat import chat_template, encode, render
-from icae.errors import ICAEError
+from icae.errors import ICAEError, StorageError
 from icae.focus import asked, counted, relevant, selected
 from icae.model import ICAE
 from icae.objectives import Example, Marker
@@ -33,7 +34,9 @@ from icae.server.prefix import Prefix, Prefixes, check_positions, prefill
 from icae.server.schemas import ContextPart, Message, Reading, ReadToken, Saved, TextPart, Usage
 from icae.slots import MemorySlots
 from icae.stepwise import saying
-from icae.store import Added, SlotStore
+from icae.store import Added, Gone, SlotStore
+
+log = logging.getLogger("icae.server")
 
 SEGMENTS_AT_ONCE = 1
 """Segments that are encoded, or polished by one step, between two steps of those who generate."""
@@ -116,7 +119,10 @@ class Service:
         finally:
             self.under_way.discard(mark)
         if most is not None and added.fresh:
-            yield from self.store.clearing(most)
+            try:
+                yield from self.store.clearing(most)
+            except StorageError as error:  # the context is stored; what is too much goes when the next one comes
+                log.warning("the store was not cleared: %s", error)
         mine = self.store.catalogue.entries(namespace, content=added.entry.entry)
         return added.entry, any(e.made < begun for e in mine)
 
@@ -128,15 +134,18 @@ class Service:
     def reading(self, namespace: str, id: str, segments: int) -> Generator[None, None, Reading]:
         """Score a context's first segments token by token, read back from their slots and by the base alone."""
         entry = self.find(namespace, id)
-        slots, ids = self.store.read(entry.entry)
+        slots, ids = self._read(entry.entry)
         self.model.check(slots)
         made, slot, at, ratio = [], 0, 0, entry.about["ratio"]
         held: list[int] = []  # tokens of a character that is not whole yet: the last one has it
-        for part in slots.split()[:segments]:
+        for number in range(min(segments, len(slots.segments))):
             yield
+            part = slots.segment(number)
             piece = ids[at : at + part.tokens]
             (back,) = self.model.score([part], [Example([piece], Marker.AE, [], piece)])
-            plain = self.model.score(None, [Example([], Marker.AE, piece[:1], piece[1:])], marked=False)[0].nll.tolist()
+            plain = []
+            if len(piece) > 1:
+                plain = self.model.score(None, [Example([], Marker.AE, piece[:1], piece[1:])], marked=False)[0].nll.tolist()
             for i, (token, hit, nll) in enumerate(zip(piece, back.hits.tolist(), back.nll.tolist(), strict=True)):
                 surprise = plain[i - 1] if i else 0.0
                 held.append(token)
@@ -159,12 +168,13 @@ class Service:
         NotFound
             If a context is not the namespace's own.
         ICAEError
-            If a part is unreadable.
+            If a part is unreadable, or all contexts together have too many tokens.
         """
         if len(messages) > self.limits.max_messages:
             raise ICAEError(f"the chat has {len(messages)} messages, more than {self.limits.max_messages}; shorten it")
         mark = secrets.token_hex(8)  # nobody can write it into a text
         contexts: list[Wanted] = []
+        sizes: dict[str | tuple[int, ...], int] = {}
         embeds: list[Tensor] = []
         turns, texts = [], []
         for message in messages:
@@ -172,13 +182,20 @@ class Service:
             for part in [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content:
                 if isinstance(part, TextPart):
                     said += part.text
+                elif isinstance(part, ContextPart) and part.context_id:
+                    entry = self.find(namespace, part.context_id)
+                    contexts.append(entry.entry)
+                    sizes[entry.entry] = entry.tokens
                 elif isinstance(part, ContextPart):
-                    contexts.append(self.find(namespace, part.context_id).entry if part.context_id else self.encode(part.text or ""))
+                    ids = self.encode(part.text or "")
+                    contexts.append(ids)
+                    sizes[tuple(ids)] = len(ids)
                 else:
                     said += f"{mark}{len(embeds)}{mark}"
                     embeds.append(self._embeds(part.data))
             turns.append({"role": "system" if message.role == "developer" else message.role, "content": said})
             texts.append({"role": message.role, "content": re.sub(f"{mark}.*?{mark}", "", said)})
+        self._check_size(sum(sizes.values()))
         base, tokenizer = self.model.base, self.model.base.tokenizer
         first, *rest = render(tokenizer, turns).split(mark)
         begin = encode(tokenizer, first)
@@ -196,7 +213,16 @@ class Service:
         vocabulary = self.model.base.model.get_input_embeddings().weight.shape[0]
         if any(i >= vocabulary for i in ids):
             raise ICAEError(f"the prompt holds ids past the base's {vocabulary}")
-        return Ask([self.find(namespace, context_id).entry] if context_id else [], [ids], Marker.LM)
+        if context_id is None:
+            return Ask([], [ids], Marker.LM)
+        entry = self.find(namespace, context_id)
+        self._check_size(entry.tokens)
+        return Ask([entry.entry], [ids], Marker.LM)
+
+    def _check_size(self, tokens: int) -> None:
+        """Raise `ICAEError` for more tokens of contexts than one prompt may have read from the store."""
+        if tokens > self.limits.max_context:
+            raise ICAEError(f"the contexts have {tokens} tokens, more than {self.limits.max_context}; ask about fewer of them")
 
     def _embeds(self, data: str) -> Tensor:
         """Read embeddings (tokens, hidden) from base64 of safetensors; nothing is ever unpickled."""
@@ -225,6 +251,9 @@ class Service:
         `beginnings` are how many ways an answer from contexts is begun (beginnings.py), where it is not drawn; 0: the checkpoint's own.
         """
         contents = []
+        for wanted in ask.contexts:
+            if isinstance(wanted, str):
+                self.store.catalogue.touch(wanted)  # else a text beside it may drive it out
         for wanted in ask.contexts:
             if isinstance(wanted, list):
                 entry, _ = yield from self.compress(namespace, wanted, None, None, "chat")
@@ -302,11 +331,18 @@ class Service:
         """Read the slots of stored contexts, one after the other, and join them."""
         parts = []
         for content in contents:
-            parts.append(self.store.read(content)[0])
+            parts.append(self._read(content)[0])
             yield
         slots = MemorySlots.concatenate(parts)
         self.model.check(slots)
         return slots
+
+    def _read(self, content: str) -> tuple[MemorySlots, list[int]]:
+        """Return slots and token ids of a stored content; raises `NotFound` if it has gone meanwhile."""
+        try:
+            return self.store.read(content)
+        except Gone as error:
+            raise NotFound(str(error)) from error
 
 
 def _size(kept: tuple[MemorySlots, Texts | None]) -> int:
