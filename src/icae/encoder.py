@@ -22,7 +22,7 @@ from icae.base import Base, cache_of, cached
 from icae.config import ICAEConfig
 from icae.errors import ICAEError
 from icae.fused import effective_weights
-from icae.lean import LeanLlama, is_plain_llama
+from icae.lean import LeanLlama, Loras, is_plain_llama
 from icae.segments import positions, slot_count
 from icae.slot_batch import SlotBatch, filled
 from icae.slots import Segment, rotated
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
             self.connector = nn.Parameter(torch.zeros_like(unit))
         self._rotations = _proven_rotations(base) if config.kind == "kv" else None
 
-    def forward(self, ids_BL: Tensor, lengths: list[int], ratio: int | None = None) -> SlotBatch:
+    def forward(self, ids_BL: Tensor, lengths: list[int], ratio: int | None = None, loras: Loras | None = None) -> SlotBatch:
         """Compress a batch of segments.
 
         Parameters
@@ -75,6 +75,8 @@ class Encoder(nn.Module):
             Real tokens of each segment.
         ratio : int, optional
             Context tokens a slot; the checkpoint's own where not given.
+        loras : optional
+            From `joined`, where several batches of a training step share it.
 
         Returns
         -------
@@ -102,7 +104,7 @@ class Encoder(nn.Module):
         if self.config.readout != "memory":
             at_context = _padded([p.context for p in layout], longest).to(ids_BL.device, non_blocking=True)
             output = self._llm(
-                torch.cat([context_BLD, memory_BKD], 1), torch.cat([at_context, at_memory], 1), torch.cat([real_BL, real_BK], 1)
+                torch.cat([context_BLD, memory_BKD], 1), torch.cat([at_context, at_memory], 1), torch.cat([real_BL, real_BK], 1), loras
             )
         return SlotBatch(
             self.read(output, longest, places - at_memory, memory_BKD),
@@ -112,14 +114,18 @@ class Encoder(nn.Module):
             self._rotations,
         )
 
-    def _llm(self, inputs_BND: Tensor, places_BN: Tensor, real_BN: Tensor) -> Any:
+    def joined(self) -> Loras | None:
+        """Return LoRA's matrices as lean training takes them, with gradient; none where training is not lean."""
+        return self.lean.loras(self.peft.get_base_model().get_decoder()) if self.lean is not None and self.training else None
+
+    def _llm(self, inputs_BND: Tensor, places_BN: Tensor, real_BN: Tensor, loras: Loras | None) -> Any:
         """Pass inputs through the LLM with LoRA; its cache comes back where kv slots are read from it."""
         from transformers import DynamicCache
 
         kv, body = self.config.kind == "kv", self.peft.get_base_model().get_decoder()
         if self.lean is not None and self.training:
             sees = real_BN[:, None] & torch.ones(real_BN.shape[1], real_BN.shape[1], dtype=torch.bool).tril()
-            pairs = self.lean.read(inputs_BND, places_BN, sees, loras=self.lean.loras(body), pairs_alone=True)[1]
+            pairs = self.lean.read(inputs_BND, places_BN, sees, loras=loras or self.joined(), pairs_alone=True)[1]
             return SimpleNamespace(cache=SimpleNamespace(layers=[SimpleNamespace(keys=k, values=v) for k, v in pairs]))
         arguments = dict(
             inputs_embeds=inputs_BND,

@@ -22,6 +22,8 @@ _ANGLES = ("default", "linear", "llama3")
 """Kinds of rotary angles that depend on the place alone."""
 Pair = tuple[Tensor, Tensor]
 """Of a layer: keys and values (B, G, S, E); or LoRA's matrices, (rank, in) and (out, rank)."""
+Loras = Sequence[Sequence[Pair | None]]
+"""Of each layer and each of its four products."""
 
 
 def is_plain_llama(base: Base) -> bool:
@@ -46,7 +48,7 @@ class LeanLlama:
         self.head = (base.model.get_output_embeddings().weight.detach().float() * body.norm.weight.detach().float()).to(self.dtype)
         self.loops = _Loops(*map(_compiled, _PLAIN)) if compiled else _PLAIN
 
-    def loras(self, wrapped: nn.Module) -> list[list[Pair | None]]:
+    def loras(self, wrapped: nn.Module) -> Loras:
         """Return the four joined LoRA pairs of every layer of the base's body with LoRA in it, with gradient to its own matrices."""
         layers: Any = wrapped.get_submodule("layers")
         return [weights.lora(layer) for weights, layer in zip(self.layers, layers, strict=True)]
@@ -57,7 +59,7 @@ class LeanLlama:
         places_BN: Tensor,
         mask_BNS: Tensor,
         before: Sequence[Pair] | None = None,
-        loras: Sequence[Sequence[Pair | None]] | None = None,
+        loras: Loras | None = None,
         *,
         pairs_alone: bool = False,
         states: list[Tensor] | None = None,

@@ -160,10 +160,10 @@ class ICAE(nn.Module):
         device = self.base.device
         together = alike(lengths, 0.75 if device.type == "cpu" else 0.0)
         order = [i for rows in together for i in rows]
-        batches = []
+        batches, loras = [], self.encoder.joined()
         for rows in together:
             taken = [lengths[i] for i in rows]
-            batches.append(self.encoder(segment_ids[rows, : max(taken)].to(device, non_blocking=True), taken, ratio))
+            batches.append(self.encoder(segment_ids[rows, : max(taken)].to(device, non_blocking=True), taken, ratio, loras))
         place = {row: at for at, row in enumerate(order)}
         return SlotBatch.stack(batches).joined([[place[i] for i in group] for group in groups])
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from icae.lean import LeanLlama, Pair
+from icae.lean import LeanLlama, Loras
 from icae.reader import Reader
 from icae.slot_batch import SlotBatch
 from icae.trees import Spots, forest, read, read_plain, spots
@@ -53,7 +53,7 @@ def plain_loss(
     text_ids: Tensor,
     real: Tensor,
     scored: Tensor,
-    loras: Sequence[Sequence[Pair | None]] | None = None,
+    loras: Loras | None = None,
 ) -> Tensor:
     """Return the mean over texts of the mean negative log-likelihood of their scored tokens, read with no slots and no marker.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from icae.lean import LeanLlama, Pair
+from icae.lean import LeanLlama, Loras
 from icae.objectives import padded
 from icae.reader import Reader
 from icae.segments import alike
@@ -109,7 +109,7 @@ def read_plain(
     llama: LeanLlama,
     trees: Sequence[Tree],
     states: list[Tensor] | None = None,
-    loras: Sequence[Sequence[Pair | None]] | None = None,
+    loras: Loras | None = None,
 ) -> Tensor:
     """Return the hidden states (R, N, D) of some trees' inputs, read with no slots; parameters as for `LeanLlama.read`."""
     ids, depths, sees = _laid_out(trees)
