@@ -171,7 +171,7 @@ def test_evaluate_prints_figures_and_saves_them_with_their_origin(icae, checkpoi
     assert [set(r) >= {"length", "loss", "bleu", "exact_match", "token_accuracy"} for r in json.loads(out)] == [True, True]
     report = json.loads(Path("r/a.json").read_text())
     assert report["results"] == json.loads(out)
-    assert report["checkpoint"] == "tiny-kv-4x"
+    assert report["checkpoint"] == "tiny-kv-4x" and len(report["settings"]["text_sha256"]) == 12
     assert {"commit", "machine", "settings", "adapter"} <= report.keys()
     code, out, _ = icae(
         *("evaluate", "continuation", "--text", text, "--length", 10, "--target", 4, "--samples", 2, "--model", checkpoint, "--json")
@@ -216,6 +216,10 @@ def test_finetune_starts_from_an_adapter_and_evaluate_qa_measures_it(icae, check
     ] * 3
     report = json.loads(Path("r/qa.json").read_text())
     assert report["results"] == result and report["name"] == "qa" and report["settings"]["seed"] == 1
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row | {"answer": "Nothing"}) + "\n" for row in rows))
+    icae("evaluate", "qa", *asked, "--samples", 1, "--sides", "none", "--save", "r/other.json")
+    other = json.loads(Path("r/other.json").read_text())["settings"]  # of data of the same name
+    assert other["data"] == report["settings"]["data"] and other["data_sha256"] != report["settings"]["data_sha256"]
     assert json.loads(icae("evaluate", "qa-documents", *asked)[1])["documents"] == 2
     code, out, err = icae("evaluate", "qa-places", *asked, "--length", 60, "--sides", "slots,text", "--save", "r/places.json")
     assert {"f1_slots_start", "f1_text_end", "worst_over_best_slots"} <= json.loads(out).keys(), err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -223,14 +224,9 @@ def _evaluate(
     if save is not None:
         from icae.report import write_report
 
-        write_report(
-            save,
-            function.__name__,
-            _checkpoint_name(model),
-            icae,
-            {"text": "/".join(Path(text).parts[-2:]), "polish": icae.origin_at(settings["ratio"]).polish, **settings},
-            results,
-        )
+        about = {"text": "/".join(Path(text).parts[-2:]), "text_sha256": _sha256(corpus.ids.tobytes())}
+        about |= {"polish": icae.origin_at(settings["ratio"]).polish, **settings}
+        write_report(save, function.__name__, _checkpoint_name(model), icae, about, results)
     return results
 
 
@@ -271,7 +267,8 @@ def _evaluate_qa(
 
         asked = {"polish": icae.origin_at(settings["ratio"]).polish}
         asked |= {name: getattr(icae.config, name) for name in ("focus", "grounding", "beginnings")}
-        about = {"data": Path(data).name, "samples": samples, "seed": seed, **asked, **settings}
+        about = {"data": Path(data).name, "data_sha256": _sha256("\n".join(map(repr, every)).encode())}
+        about |= {"samples": samples, "seed": seed, **asked, **settings}
         write_report(save, name, _checkpoint_name(loading["model"]), icae, about, results)
 
     def plain() -> None:
@@ -309,6 +306,11 @@ def _lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _sha256(data: bytes) -> str:
+    """Return a short hash of what was read: a folder of the same name may hold other texts elsewhere."""
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _checkpoint_name(model: str | None) -> str:
