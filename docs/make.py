@@ -281,7 +281,7 @@ segments of at most {about["segment_length"]} tokens.
 
 {_training(folder, steps)}
 
-## Results, on books that the training did not see
+## Results, on texts that the training did not see
 
 {results_table(folder.name) or "Not measured."}"""
 
