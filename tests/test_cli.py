@@ -188,6 +188,16 @@ def test_finetune_begins_with_the_default_adapter_whatever_else_is_set(icae, che
     assert begun == [str(checkpoint), str(checkpoint), None, None]
 
 
+@pytest.mark.parametrize(("more", "code"), [({"minutes": 2}, 130), ({"minutes": 1.5}, 0), ({}, 130), ({"steps": 3}, 0)])
+def test_a_run_that_was_stopped_says_so(icae, checkpoint, tmp_path, monkeypatch, more, code):
+    """By Ctrl-C: before its steps, and before its minutes, where it has any."""
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3, "log_history": [{"minutes": 1.5}, {"eval_loss": 1}]}')
+    monkeypatch.setattr("icae.train.train", lambda settings, config, resume: tmp_path)
+    settings = [f"{name}={value}" for name, value in {"steps": 9, **more}.items()]
+    got, _, err = icae("finetune", "train=t.jsonl", f"init={checkpoint}", *settings)
+    assert got == code and ("stopped at step 3" in err) is bool(code)
+
+
 def test_finetune_starts_from_an_adapter_and_evaluate_qa_measures_it(icae, checkpoint, tmp_path):
     rows = [{"input": line, "prompt": f"What of {i}?", "answer": line.split()[1]} for i, line in enumerate(tiny.LINES)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -224,7 +224,7 @@ def _evaluate(
     if save is not None:
         from icae.report import write_report
 
-        about = {"text": "/".join(Path(text).parts[-2:]), "text_sha256": _sha256(corpus.ids.tobytes())}
+        about: dict[str, Any] = {"text": "/".join(Path(text).parts[-2:]), "text_sha256": _sha256(corpus.ids.tobytes())}
         about |= {"polish": icae.origin_at(settings["ratio"]).polish, **settings}
         write_report(save, function.__name__, _checkpoint_name(model), icae, about, results)
     return results
@@ -267,7 +267,7 @@ def _evaluate_qa(
 
         asked = {"polish": icae.origin_at(settings["ratio"]).polish}
         asked |= {name: getattr(icae.config, name) for name in ("focus", "grounding", "beginnings")}
-        about = {"data": Path(data).name, "data_sha256": _sha256("\n".join(map(repr, every)).encode())}
+        about: dict[str, Any] = {"data": Path(data).name, "data_sha256": _sha256("\n".join(map(repr, every)).encode())}
         about |= {"samples": samples, "seed": seed, **asked, **settings}
         write_report(save, name, _checkpoint_name(loading["model"]), icae, about, results)
 

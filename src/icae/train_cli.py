@@ -89,7 +89,7 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
     if os.environ.get("RANK", "0") != "0":
         return
     state = json.loads((folder / "trainer_state.json").read_text())
-    done, spent = state["global_step"], [line["minutes"] for line in state["log_history"] if "minutes" in line]
-    if done < settings.steps and (settings.minutes is None or not spent or spent[-1] < settings.minutes):
+    done, spent = state["global_step"], max((line.get("minutes", 0.0) for line in state.get("log_history", [])), default=0.0)
+    if done < settings.steps and (settings.minutes is None or spent < settings.minutes):
         say(f"stopped at step {done} of {settings.steps}; the same command goes on from there")
         raise typer.Exit(130)
