@@ -6,6 +6,7 @@ launch` / `torchrun`; goes on from its newest checkpoint, to the sample.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
@@ -49,6 +50,8 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
     """Run the loop over samples, and return the folder that holds what was learned; errors as for `train`."""
     output = Path(train.output)
     make_room(output / _SETTINGS)
+    if torch.distributed.is_initialized():
+        atexit.register(_part)
     optimizer = _optimizer(trainee.trained(), train)
     clock, interrupt = Clock(train), StopOnInterrupt()
     module: Any = trainee
@@ -87,6 +90,12 @@ def run(trainee: Learner, train: TrainConfig, arguments: TrainingArguments, samp
 
 
 _SETTINGS = "train_config.json"
+
+
+def _part() -> None:
+    """Take down what connects the processes, while their threads can still be joined: at exit one now and then aborts, else."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _tell_changes(note: Path, train: TrainConfig, *, quiet: bool) -> None:
