@@ -114,9 +114,7 @@ class Lesson:
         """Note what one teacher makes of its texts."""
         rows, wanted = texts["rows"].tolist(), _places(texts["scored"])
         ends = texts["real"].sum(1).tolist()
-        both = [
-            list(range(end - n, end - 1)) for end, n in zip(ends, texts["shared"].tolist(), strict=True)
-        ]  # the last token is read by neither
+        both = [list(range(end - n, end - 1)) for end, n in zip(ends, texts["shared"].tolist(), strict=True)]  # neither reads the last
         for b, places, by in zip(rows, both, moved, strict=True):
             self.shared[b] = [p + by for p in places]
         for trees in forest(kinds, texts["ids"], texts["real"]):
