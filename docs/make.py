@@ -63,9 +63,10 @@ def _help(parameter: Any) -> str:
         default = (parameter.opts if default else parameter.secondary_opts)[0].lstrip("-") if parameter.secondary_opts else None
     if parameter.param_type_name == "option" and parameter.required:
         return f"{text} [required]"
+    if isinstance(parameter.show_default, str):  # in words
+        default = parameter.show_default
     unsaid = default is None or default is ... or callable(default)
-    shown = not unsaid and "[default" not in text
-    return f"{text} [default: {default}]" if shown else text
+    return text if unsaid else f"{text} [default: {default}]"
 
 
 _GIVEN = ("objective", "base_fingerprint", "version")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from typer.testing import CliRunner
 
 from icae import cli
 from icae.data import Windows
@@ -429,6 +430,20 @@ def test_every_default_is_in_the_made_page_and_the_page_is_up_to_date():
     result = subprocess.run([sys.executable, ROOT / "docs" / "make.py", "--check"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert re.search(r"`icae evaluate autoencoding`", (ROOT / "docs" / "cli.md").read_text())
+
+
+def test_help_shows_what_the_documents_list(monkeypatch):
+    """Every default and every sentence of docs/cli.md, on the help page that a terminal shows."""
+    monkeypatch.setenv("COLUMNS", "400")
+    page = (ROOT / "docs" / "cli.md").read_text()
+    parts = page.split("## `icae ")[1:]
+    assert len(parts) > 20
+    for part in parts:
+        command, _, rows = part.partition("`")
+        shown = re.sub(r"[\s│]+", " ", CliRunner().invoke(cli.app, [*command.split(), "--help"]).output)
+        shown = re.sub(r"\[default: \((.*?)\)\]", r"[default: \1]", shown)
+        for told in re.findall(r"^\| `[^`]+` \| (.*) \|$", rows, re.MULTILINE):
+            assert told.replace("\\|", "|") in shown, (command, told)
 
 
 def test_python_runs_it_as_a_module():

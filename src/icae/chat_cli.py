@@ -49,7 +49,9 @@ def chat(
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     seed: SamplingSeed = 0,
-    ratio: Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file. [default: checkpoint's]")] = None,
+    ratio: Annotated[
+        int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file.", show_default="checkpoint's")
+    ] = None,
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,

@@ -61,13 +61,13 @@ def _icae(
     """Take the options of no command."""
 
 
-Source = Annotated[str, typer.Argument(help="A text file, '-' for standard input, or the text itself.", show_default=False)]
+Source = Annotated[str, typer.Argument(help="A text file, '-' for standard input, or the text itself.")]
 SlotFile = Annotated[Path, typer.Argument(help="A slot file, as `icae compress` writes it.", show_default=False)]
 
 
 @app.command()
 def demo(
-    source: Annotated[str | None, typer.Argument(help="A text file. [default: a sample that ships]", show_default=False)] = None,
+    source: Annotated[str | None, typer.Argument(help="A text file.", show_default="a sample that ships")] = None,
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question to ask; may be repeated.")] = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Put right what was read back, as `icae reconstruct` does: takes longer.")
@@ -208,9 +208,7 @@ def continue_(
 
 @app.command()
 def info(
-    path: Annotated[
-        str | None, typer.Argument(help="A slot file or checkpoint. [default: the shipped adapters]", show_default=False)
-    ] = None,
+    path: Annotated[str | None, typer.Argument(help="A slot file or checkpoint.", show_default="the shipped adapters")] = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a slot file or a checkpoint is."""

@@ -26,7 +26,7 @@ def build(
     source: Annotated[str, typer.Argument(help="Texts: a folder of .txt, a .txt or .jsonl file, or a Hub name.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Triples to write (.jsonl); raw replies and test triples go beside it.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="'base' (offline, the base reads the full text) or a model behind an endpoint.")] = "base",
-    url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint. [default: OPENAI_BASE_URL, else OpenAI's]")] = None,
+    url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint.", show_default="OPENAI_BASE_URL, else OpenAI's")] = None,
     texts: Annotated[int, typer.Option(help="Passages to ask about.")] = 500,
     least: Annotated[int, typer.Option(help="Characters of a passage, at least.")] = 400,
     most: Annotated[int, typer.Option(help="Characters of a passage, at most.")] = 1200,
@@ -34,11 +34,11 @@ def build(
     kinds: Annotated[
         str | None,
         typer.Option(
-            help="Kinds of prompts (teacher base): rephrase, summary, title, keywords, continue, topic, ... [default: all]",
-            show_default=False,
+            help="Kinds of prompts (teacher base): rephrase, summary, title, keywords, continue, topic, ...",
+            show_default="all",
         ),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of the answers. [default: 0 from the base, 0.7 from an endpoint]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the answers.", show_default="0 from the base, 0.7 from an endpoint")] = None,
     answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most (teacher base).")] = 96,
     together: Annotated[int, typer.Option(help="Passages asked about at once.")] = 4,
     max_requests: Annotated[int | None, typer.Option(help="Passages asked about at most, over all runs.")] = None,
@@ -46,7 +46,7 @@ def build(
     minutes: Annotated[float | None, typer.Option(help="Stop after this long; the next run goes on.")] = None,
     test_share: Annotated[float, typer.Option(help="Share of the passages whose triples go to the test file.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Decides which passages are drawn.")] = 0,
-    base: Annotated[str | None, typer.Option("--base", help="Base LLM of teacher base. [default: the embedded one]")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Base LLM of teacher base.", show_default="the embedded one")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
     as_json: Json = False,
 ) -> None:

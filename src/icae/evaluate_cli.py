@@ -98,7 +98,7 @@ def evaluate_continuation(
 
 
 QaData = Annotated[str, typer.Option("--data", help="Triples: a .jsonl, SQuAD's .json, or a Hub name.", show_default=False)]
-QaSamples = Annotated[int | None, typer.Option("--samples", help="Questions asked, drawn by --seed. [default: all]", show_default=False)]
+QaSamples = Annotated[int | None, typer.Option("--samples", help="Questions asked, drawn by --seed.", show_default="all")]
 QaTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of a response, at most.")]
 Responses = Annotated[
     Path | None, typer.Option("--responses", help="Also write every question with its responses here, as .jsonl, as they come.")

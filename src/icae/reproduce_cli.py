@@ -17,40 +17,38 @@ if TYPE_CHECKING:
     from icae.experiments.context import Context
 
 
-def _path(name: str, help: str) -> typer.models.OptionInfo:
-    return typer.Option(name, help=help, show_default=False)
+def _path(name: str, help: str, default: str | bool = False) -> typer.models.OptionInfo:
+    return typer.Option(name, help=help, show_default=default)
 
 
 def reproduce(
-    names: Annotated[list[str] | None, typer.Argument(help="Experiments, by name. [default: all]", show_default=False)] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Experiments, by name.", show_default="all")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables (JSON, Markdown) and pictures (PNG, SVG).")] = Path("results"),
-    text: Annotated[
-        str | None, _path("--text", "Held-out text: a folder of .txt, a .txt or .jsonl. [default: a sample; implies --quick]")
-    ] = None,
+    text: Annotated[str | None, _path("--text", "Held-out text: a folder of .txt, a .txt or .jsonl.", "a sample; implies --quick")] = None,
     qa: Annotated[str | None, _path("--qa", "Questions: a .jsonl of input, prompt, answer (and answers).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few, short samples: shows that everything runs.")] = False,
-    samples: Annotated[int | None, _path("--samples", "Samples a figure is taken over. [default: each experiment's own]")] = None,
-    model: Annotated[str | None, _path("--model", "Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")] = None,
+    samples: Annotated[int | None, _path("--samples", "Samples a figure is taken over.", "each experiment's own")] = None,
+    model: Annotated[str | None, _path("--model", "Checkpoint: a folder, a shipped name or a Hub id.", "ships with icae")] = None,
     polish: Annotated[
         int,
         typer.Option("--polish", help="Gradient steps on slots that are read back or asked; compress takes more, and everything longer."),
     ] = 1,
-    base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id. [default: the checkpoint's]")] = None,
-    embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind. [default: one that ships]")] = None,
-    answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer. [default: one that ships]")] = None,
+    base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id.", "the checkpoint's")] = None,
+    embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind.", "one that ships")] = None,
+    answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer.", "one that ships")] = None,
     adapters: Annotated[
         Path | None, _path("--adapters", "Folder of table5's ablations, trained by configs/ablations, such as runs/ablations.")
     ] = None,
     also: Annotated[list[Path] | None, _path("--also", "Checkpoint on another base, for table6; may be repeated.")] = None,
-    judge: Annotated[str | None, _path("--judge", "Model that judges tables 4 and 5; the key is OPENAI_API_KEY. [default: none]")] = None,
-    judge_url: Annotated[str | None, _path("--judge-url", "Its OpenAI-compatible endpoint. [default: OPENAI_BASE_URL]")] = None,
+    judge: Annotated[str | None, _path("--judge", "Model that judges tables 4 and 5; the key is OPENAI_API_KEY.", "none")] = None,
+    judge_url: Annotated[str | None, _path("--judge-url", "Its OpenAI-compatible endpoint.", "OPENAI_BASE_URL")] = None,
     rival: Annotated[list[str] | None, _path("--rival", "Model at that endpoint to compare answers with; may be repeated.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
     dtype: Annotated[
         str, typer.Option("--dtype", help="What the base is kept in: float32, bfloat16, float16, or auto (as stored).")
     ] = "float32",
     jobs: Annotated[
-        int | None, _path("--jobs", "Processes of one thread that work side by side. [default: as many as cores; on accelerators 1]")
+        int | None, _path("--jobs", "Processes of one thread that work side by side.", "as many as cores; on accelerators 1")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Decides which samples are drawn.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what stands there from the same settings and commit.")] = False,

@@ -25,8 +25,12 @@ def serve(
     focus: Focus = None,
     grounding: Grounding = None,
     beginnings: Beginnings = None,
-    store: Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="What the model is called to clients. [default: the checkpoint's]")] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="The store's folder.", show_default="`store` in the user's cache folder")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What the model is called to clients.", show_default="the checkpoint's")
+    ] = None,
     add_key: Annotated[
         str | None,
         typer.Option(

@@ -31,7 +31,7 @@ _TEXTS = (".txt", ".md", ".rst", ".text")
 @app.command()
 def add(
     sources: Annotated[list[str], typer.Argument(help="Text files, folders of them, or '-' for standard input.", show_default=False)],
-    name: Annotated[str | None, typer.Option("--name", help="Name of a single text. [default: its path]", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of a single text.", show_default="its path")] = None,
     ratio: Ratio = None,
     dtype: Annotated[str, typer.Option("--dtype", help="How slots are kept: float16, bfloat16, float32 or int8.")] = "float16",
     blobs: Annotated[str | None, typer.Option("--blobs", help="For a new store: folder or fsspec URL of the slots.")] = None,
@@ -156,7 +156,7 @@ def gc(
 @app.command()
 def export(
     archive: Annotated[Path, typer.Argument(help="The zip to write; or, for one name, a .safetensors slot file.", show_default=False)],
-    names: Annotated[list[str] | None, typer.Argument(help="Names of contexts. [default: all]", show_default=False)] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Names of contexts.", show_default="all")] = None,
     key: Key = "",
     store: StoreFolder = None,
     as_json: Json = False,

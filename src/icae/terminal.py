@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from icae.slots import MemorySlots
     from icae.store import SlotStore
 
-Model = Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id. [default: ships with icae]")]
-BaseName = Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id. [default: the checkpoint's]")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.", show_default="ships with icae")
+]
+BaseName = Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.", show_default="the checkpoint's")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Ratio = Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot. [default: the checkpoint's]", show_default=False)]
+Ratio = Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot.", show_default="the checkpoint's")]
 Polish = Annotated[
     int | None,
     typer.Option(
         "--polish",
         help="Gradient steps on the slots once they are written: each makes them truer to the text, and takes about twice what writing "
-        "them does; 0: none. [default: the checkpoint's; 2 at 4x, 3 at 8x]",
-        show_default=False,
+        "them does; 0: none.",
+        show_default="the checkpoint's; 2 at 4x, 3 at 8x",
     ),
 ]
 Focus = Annotated[
@@ -40,25 +42,24 @@ Focus = Annotated[
     typer.Option(
         "--focus",
         help="Segments that a question is answered from, at most: of several documents, and of a longer one, those that it is about; "
-        "0: all. [default: the checkpoint's; 4]",
-        show_default=False,
+        "0: all.",
+        show_default="the checkpoint's; 4",
     ),
 ]
 Grounding = Annotated[
     float | None,
     typer.Option(
         "--grounding",
-        help="How strongly an answer keeps to the words of its context; 0: not at all. [default: the checkpoint's; 1]",
-        show_default=False,
+        help="How strongly an answer keeps to the words of its context; 0: not at all.",
+        show_default="the checkpoint's; 1",
     ),
 ]
 Beginnings = Annotated[
     int | None,
     typer.Option(
         "--beginnings",
-        help="Likeliest first tokens that an answer is begun with, to go on from the likeliest beginning; 1: the likeliest token. "
-        "[default: the checkpoint's; 3]",
-        show_default=False,
+        help="Likeliest first tokens that an answer is begun with, to go on from the likeliest beginning; 1: the likeliest token.",
+        show_default="the checkpoint's; 3",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate, at most.")]
@@ -66,19 +67,19 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: a
 SamplingSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of what is drawn, where the temperature is above 0.")]
 Key = Annotated[
     str,
-    typer.Option("--key", metavar="NAME", help="Of this key of a server (`icae serve --add-key`). [default: of none]", show_default=False),
+    typer.Option("--key", metavar="NAME", help="Of this key of a server (`icae serve --add-key`).", show_default="of none"),
 ]
 Stored = Annotated[
     list[str] | None,
     typer.Option("--stored", metavar="NAME", help="Ask contexts of the store (`icae store ls`); may be given several times."),
 ]
-StoreFolder = Annotated[Path | None, typer.Option("--store", help="The store's folder. [default: `store` in the user's cache folder]")]
+StoreFolder = Annotated[Path | None, typer.Option("--store", help="The store's folder.", show_default="`store` in the user's cache folder")]
 Refine = Annotated[
     bool | None,
     typer.Option(
         "--refine/--no-refine",
-        help="Compress what was read back again, and put it right where the slots differ. [default: where that is quick]",
-        show_default=False,
+        help="Compress what was read back again, and put it right where the slots differ.",
+        show_default="where that is quick",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides which samples are drawn.")]
