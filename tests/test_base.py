@@ -241,3 +241,9 @@ def test_the_embedded_base_knows_its_language(real_base):
     with torch.no_grad():
         assert real_base.decode([int(real_base.model(ids).logits[0, -1].argmax())]).strip() == "Paris"
     assert (real_base.name, real_base.hidden_size) == (EMBEDDED, 576)
+
+
+def test_a_dtype_may_be_told_by_its_name(base_folder):
+    assert load_base(str(base_folder), dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(ICAEError, match="dtype must be float32, bfloat16, float16 or auto, got 'half'"):
+        load_base(str(base_folder), dtype="half")

@@ -9,6 +9,7 @@ import typer
 
 from icae.errors import ICAEError
 from icae.terminal import (
+    BaseDtype,
     BaseName,
     Beginnings,
     Device,
@@ -48,6 +49,7 @@ def ask(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Ask about a text, from its slots (or, with --text, from the full text)."""
@@ -70,10 +72,10 @@ def ask(
         if useless := [name for name, given in own.items() if given is not None]:
             raise ICAEError(f"only slots know {' and '.join(useless)}; with --text the base reads the full text as it is")
         loaded, prompt = None, full_text(text_of(str(text), literal=False), prompt)
-        icae = load_model(model, base, device)
+        icae = load_model(model, base, device, base_dtype)
     else:
         loaded = from_store(stored, store, key) if stored else MemorySlots.load(slots)
-        icae = load_model(model, base, device, focus=focus, grounding=grounding, beginnings=beginnings)
+        icae = load_model(model, base, device, base_dtype, focus=focus, grounding=grounding, beginnings=beginnings)
         about["segments"] = len(loaded.segments)
         loaded = icae.focused(loaded, prompt)
         about["segments_asked"] = len(loaded.segments)

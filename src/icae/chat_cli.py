@@ -12,6 +12,7 @@ import typer
 
 from icae.errors import ICAEError
 from icae.terminal import (
+    BaseDtype,
     BaseName,
     Beginnings,
     Device,
@@ -59,6 +60,7 @@ def chat(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
 ) -> None:
     """Talk about a text, turn by turn, over the same slots: one question a line; /forget begins anew, /quit or Ctrl-D leaves."""
     from icae.data import read_text
@@ -79,7 +81,7 @@ def chat(
         slots = MemorySlots.load(context)
     else:
         text = read_text(context)
-    icae = load_model(model, base, device, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
+    icae = load_model(model, base, device, base_dtype, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
     slots = slots or icae.compress(text, ratio=ratio)
     icae.check(slots)
     print(f"{slots.tokens} tokens in {slots.count} slots; /forget begins anew, /quit leaves", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from icae import ask_cli, chat_cli, data_cli, evaluate_cli, reproduce_cli, serve
 from icae.errors import ICAEError
 from icae.segments import check_ratio
 from icae.terminal import (
+    BaseDtype,
     BaseName,
     Device,
     Json,
@@ -75,12 +76,13 @@ def demo(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Compress a text, read it back, continue it, and ask it, beside the full text and nothing."""
     from icae.demo import run, show
 
-    icae = load_model(model, base, device)
+    icae = load_model(model, base, device, base_dtype)
     results = run(icae, None if source is None else text_of(source), question or None, refine=refine, progress=say)
     print_results(results, as_json, lambda: show(results))
 
@@ -95,6 +97,7 @@ def compress(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Compress a text into memory slots, once."""
@@ -106,7 +109,7 @@ def compress(
             f"could not write {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}; name a file with -o"
         )
     check_ratio(ratio)
-    icae = load_model(model, base, device, polish=polish)
+    icae = load_model(model, base, device, base_dtype, polish=polish)
     import torch
 
     ids = icae.base.encode(text)
@@ -139,6 +142,7 @@ def reconstruct(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Read the text back from its slots; what the slots do not bear out is put right."""
@@ -146,7 +150,7 @@ def reconstruct(
 
     original = None if against is None else text_of(str(against), literal=False)
     loaded = MemorySlots.load(slots)  # a bad file is named before a model is loaded
-    icae = load_model(model, base, device)
+    icae = load_model(model, base, device, base_dtype)
     refines = icae.refines(refine)
     if original is None and not as_json and not refines:
         print_pieces(icae.stream_reconstruction(loaded))
@@ -195,13 +199,14 @@ def continue_(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Continue the text that the slots stand for."""
     from icae.slots import MemorySlots
 
     loaded = MemorySlots.load(slots)  # a bad file is named before a model is loaded
-    icae = load_model(model, base, device)
+    icae = load_model(model, base, device, base_dtype)
     pieces = icae.stream_continuation(loaded, max_new_tokens=max_tokens, sampling=sampling_of(temperature, seed))
     print_stream("text", pieces, as_json)
 

@@ -16,6 +16,7 @@ from icae.atomic import make_room, write_atomically
 from icae.errors import ICAEError
 from icae.segments import check_ratio
 from icae.terminal import (
+    BaseDtype,
     BaseName,
     Beginnings,
     Device,
@@ -52,6 +53,7 @@ def evaluate_autoencoding(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     save: Save = None,
     as_json: Json = False,
 ) -> None:
@@ -66,7 +68,8 @@ def evaluate_autoencoding(
     if min(wanted) < 2:
         raise ICAEError(f"lengths must be at least 2, got {lengths}")
     settings: dict[str, Any] = {"lengths": wanted, "samples": samples, "ratio": ratio, "refine": refine, "seed": seed}
-    rows = _evaluate(autoencoding, text, model, base, device, polish, save, **settings)
+    loading = {"model": model, "base": base, "device": device, "dtype": base_dtype, "polish": polish}
+    rows = _evaluate(autoencoding, text, loading, save, **settings)
     columns = ["length", "ratio", "samples", "loss", "token_accuracy", "greedy_bleu", "greedy_exact_match", "bleu", "exact_match"]
     columns += [name for name in ("identical", "verified") if name in rows[0]]
     print_results(rows, as_json, lambda: print_table(columns, rows))
@@ -84,6 +87,7 @@ def evaluate_continuation(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     save: Save = None,
     as_json: Json = False,
 ) -> None:
@@ -91,9 +95,9 @@ def evaluate_continuation(
     from icae.evaluate import continuation
 
     check_ratio(ratio)
-    result = _evaluate(
-        continuation, text, model, base, device, polish, save, length=length, target=target, samples=samples, ratio=ratio, seed=seed
-    )
+    settings = {"length": length, "target": target, "samples": samples, "ratio": ratio, "seed": seed}
+    loading = {"model": model, "base": base, "device": device, "dtype": base_dtype, "polish": polish}
+    result = _evaluate(continuation, text, loading, save, **settings)
     print_results(result, as_json, lambda: print_table(list(result), [result]))
 
 
@@ -120,6 +124,7 @@ def evaluate_qa(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     jobs: Annotated[int, typer.Option(min=1, help="Processes of one thread each that share the questions; 1: this one alone.")] = 1,
     responses: Responses = None,
     save: Save = None,
@@ -130,7 +135,7 @@ def evaluate_qa(
 
     settings = {"sides": [side.strip() for side in sides.split(",")], "ratio": ratio, "max_new_tokens": max_tokens}
     own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
-    loading: dict[str, Any] = {"model": model, "base": base, "device": device} | own
+    loading: dict[str, Any] = {"model": model, "base": base, "device": device, "dtype": base_dtype} | own
     ask: Callable[..., Any] = qa
     if jobs > 1:
         from icae.shares import qa_side_by_side
@@ -156,6 +161,7 @@ def evaluate_qa_documents(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     responses: Responses = None,
     save: Save = None,
     as_json: Json = False,
@@ -165,7 +171,7 @@ def evaluate_qa_documents(
 
     settings = {"count": documents, "ratio": ratio, "max_new_tokens": max_tokens}
     own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
-    loading = {"model": model, "base": base, "device": device} | own
+    loading = {"model": model, "base": base, "device": device, "dtype": base_dtype} | own
     _evaluate_qa("qa-documents", ask_documents, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
@@ -186,6 +192,7 @@ def evaluate_qa_places(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     responses: Responses = None,
     save: Save = None,
     as_json: Json = False,
@@ -196,20 +203,11 @@ def evaluate_qa_places(
     wanted = [side.strip() for side in sides.split(",")]
     settings = {"length": length, "whole": whole, "sides": wanted, "ratio": ratio, "max_new_tokens": max_tokens}
     own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
-    loading = {"model": model, "base": base, "device": device} | own
+    loading = {"model": model, "base": base, "device": device, "dtype": base_dtype} | own
     _evaluate_qa("qa-places", places, data, samples, seed, loading, responses, save, as_json, **settings)
 
 
-def _evaluate(
-    function: Callable[..., Any],
-    text: str,
-    model: str | None,
-    base: str | None,
-    device: str,
-    polish: int | None,
-    save: Path | None,
-    **settings: Any,
-) -> Any:
+def _evaluate(function: Callable[..., Any], text: str, loading: dict[str, Any], save: Path | None, **settings: Any) -> Any:
     """Load model and corpus, call an evaluation with a progress bar, and keep its figures where asked to."""
     from icae.data import load_corpus
 
@@ -217,7 +215,7 @@ def _evaluate(
         raise ICAEError(f"samples must be at least 1, got {settings['samples']}")
     if save is not None:
         make_room(save)
-    icae = load_model(model, base, device, polish=polish)
+    icae = load_model(**loading)
     corpus = load_corpus(text, icae.base)
     with progress("evaluating", "samples") as tick:
         results = function(icae, corpus, progress=tick, **settings)
@@ -226,7 +224,7 @@ def _evaluate(
 
         about: dict[str, Any] = {"text": "/".join(Path(text).parts[-2:]), "text_sha256": _sha256(corpus.ids.tobytes())}
         about |= {"polish": icae.origin_at(settings["ratio"]).polish, **settings}
-        write_report(save, function.__name__, _checkpoint_name(model), icae, about, results)
+        write_report(save, function.__name__, _checkpoint_name(loading["model"]), icae, about, results)
     return results
 
 

@@ -40,6 +40,8 @@ class IcaeLM(TemplateLM):
         Last tokens of a context that stay text.
     max_gen_toks : int
         Tokens generated where a task sets no limit.
+    dtype : str
+        What the base is kept in, as for `load_base`.
     batch_size, device, max_batch_size
         As the harness's command line gives them.
 
@@ -58,6 +60,7 @@ class IcaeLM(TemplateLM):
         max_gen_toks: int = 128,
         batch_size: int | str = 4,
         device: str | None = None,
+        dtype: str = "float32",
         max_batch_size: int | None = None,
     ):
         super().__init__()
@@ -65,7 +68,7 @@ class IcaeLM(TemplateLM):
             raise ICAEError(f"tail must be at least 0 and ratio at least 1, got {tail} and {ratio}")
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cpu"  # the harness asks for cuda:0 where nobody said otherwise
-        self.model = ICAE.from_pretrained(adapter, base=base, device=device)
+        self.model = ICAE.from_pretrained(adapter, base=base, device=device, dtype=dtype)
         self.tokenizer = self.model.base.tokenizer
         self.ratio, self.tail, self.max_gen_toks = ratio, tail, max_gen_toks
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 4

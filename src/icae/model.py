@@ -76,7 +76,7 @@ class ICAE(nn.Module):
         base : Base or str, optional
             The base to put it on; none: the one its config names.
         device, **kwargs
-            As for `load_base`.
+            As for `load_base`, where `base` is a name or none; one that is loaded stays where it is, and as it is.
 
         Raises
         ------

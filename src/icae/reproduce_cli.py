@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from icae.experiments import EXPERIMENTS
+from icae.terminal import BaseDtype, Device
 
 if TYPE_CHECKING:
     from icae.experiments.context import Context
@@ -43,10 +44,8 @@ def reproduce(
     judge: Annotated[str | None, _path("--judge", "Model that judges tables 4 and 5; the key is OPENAI_API_KEY.", "none")] = None,
     judge_url: Annotated[str | None, _path("--judge-url", "Its OpenAI-compatible endpoint.", "OPENAI_BASE_URL")] = None,
     rival: Annotated[list[str] | None, _path("--rival", "Model at that endpoint to compare answers with; may be repeated.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="What the base is kept in: float32, bfloat16, float16, or auto (as stored).")
-    ] = "float32",
+    device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     jobs: Annotated[
         int | None, _path("--jobs", "Processes of one thread that work side by side.", "as many as cores; on accelerators 1")
     ] = None,
@@ -64,8 +63,6 @@ def reproduce(
     for name in names or []:
         if name not in EXPERIMENTS:
             raise ICAEError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
-    if dtype not in ("float32", "bfloat16", "float16", "auto"):
-        raise ICAEError(f"dtype must be float32, bfloat16, float16 or auto, got {dtype!r}")
     if rival and judge is None:
         raise ICAEError("--rival needs a judge: give --judge MODEL")
     if adapters is not None and not adapters.is_dir():
@@ -82,7 +79,7 @@ def reproduce(
         embedding=embedding,
         answers=answers,
         device=device,
-        dtype=dtype,
+        dtype=base_dtype,
         text=text,
         qa=qa,
         ablations=adapters,

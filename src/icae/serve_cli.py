@@ -12,15 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import Beginnings, Focus, Grounding, Polish, load_model
+from icae.terminal import BaseDtype, BaseName, Beginnings, Device, Focus, Grounding, Model, Polish, load_model
 
 
 def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on; any but this machine's own needs API keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8000,
-    model: Annotated[str | None, typer.Option("--model", help="Checkpoint: a folder, a shipped name or a Hub id.")] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    model: Model = None,
+    base: BaseName = None,
+    device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     polish: Polish = None,
     focus: Focus = None,
     grounding: Grounding = None,
@@ -79,7 +80,7 @@ def serve(
     checkpoint = find_checkpoint(model)
     kept = SlotStore(folder)
     _check_free(host, port)
-    icae = load_model(str(checkpoint), base, device, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
+    icae = load_model(str(checkpoint), base, device, base_dtype, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
     hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
     app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=keyring, open=open_to_all, hosts=hosts)
     shutdown = int(limits.shutdown) + 1

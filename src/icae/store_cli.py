@@ -16,7 +16,22 @@ import typer
 from icae.catalogue import namespace_of
 from icae.errors import ICAEError, StorageError
 from icae.segments import check_ratio
-from icae.terminal import BaseName, Device, Json, Key, Model, Polish, Ratio, StoreFolder, load_model, open_store, print_table, progress, say
+from icae.terminal import (
+    BaseDtype,
+    BaseName,
+    Device,
+    Json,
+    Key,
+    Model,
+    Polish,
+    Ratio,
+    StoreFolder,
+    load_model,
+    open_store,
+    print_table,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from icae.catalogue import Entry
@@ -39,6 +54,7 @@ def add(
     model: Model = None,
     base: BaseName = None,
     device: Device = "cpu",
+    base_dtype: BaseDtype = "float32",
     key: Key = "",
     store: StoreFolder = None,
     as_json: Json = False,
@@ -54,7 +70,7 @@ def add(
         texts = [dataclasses.replace(texts[0], name=name)]
     kept = open_store(store, blobs, make=True)
     _check_key(kept, key)
-    icae = load_model(model, base, device, polish=polish)
+    icae = load_model(model, base, device, base_dtype, polish=polish)
     rows = []
     for t in texts:
         begin = time.perf_counter()

@@ -26,6 +26,7 @@ Model = Annotated[
 ]
 BaseName = Annotated[str | None, typer.Option("--base", help="Base LLM: name, folder or Hub id.", show_default="the checkpoint's")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")]
+BaseDtype = Annotated[str, typer.Option("--base-dtype", help="What the base is kept in: float32, bfloat16, float16, or auto (as stored).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Ratio = Annotated[int | None, typer.Option("--ratio", help="Context tokens a slot.", show_default="the checkpoint's")]
 Polish = Annotated[
@@ -93,7 +94,7 @@ GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 """Has transformers leave keys and values that several heads share as they are: on CPUs faster, under a mask, than a copy a head."""
 
 
-def load_model(model: str | None, base: str | None, device: str, **settings: float | None) -> ICAE:
+def load_model(model: str | None, base: str | None, device: str, dtype: str = "float32", **settings: float | None) -> ICAE:
     """Load a checkpoint, to run with the fastest matrix products there are; errors as for `ICAE.from_pretrained`.
 
     Settings (`polish`, `focus`, `grounding`, `beginnings`) replace the checkpoint's own where they are not none.
@@ -106,7 +107,7 @@ def load_model(model: str | None, base: str | None, device: str, **settings: flo
     if device == "cpu" and GROUPED not in os.environ:
         os.environ[GROUPED] = "1"
         lent.callback(os.environ.pop, GROUPED, None)
-    loaded = ICAE.from_pretrained(model, base=base, device=device)
+    loaded = ICAE.from_pretrained(model, base=base, device=device, dtype=dtype)
     loaded.config = loaded.config.replace(**{name: value for name, value in settings.items() if value is not None})
     return loaded
 

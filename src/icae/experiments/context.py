@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from icae.base import Base, load_base
 from icae.checkpoint import SHIPPED, find_checkpoint, read_config
@@ -259,7 +258,7 @@ def open_context(
             raise ICAEError(f"{name} {path}: there is nothing; give a folder or file that is here")
     main = find_checkpoint(model)
     config = read_config(main)
-    loaded = load_base(base or config.base, device=device, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    loaded = load_base(base or config.base, device=device, dtype=dtype)
     if model is None and loaded.fingerprint != config.base_fingerprint:
         raise ICAEError(f"no adapter ships for base {loaded.name!r}; train one (`icae pretrain`) and give --model FOLDER")
     checkpoints = {"main": main}
