@@ -134,7 +134,7 @@ class ICAEConfig(_Config):
     base: str = setting("smollm2-135m", "Name, folder or Hub id of the frozen LLM.")
     base_fingerprint: str = setting("", "Hash over the base's architecture and tensors; checked when a checkpoint is loaded.")
     kind: str = setting(
-        "kv", "What a memory slot is: 'kv' (keys and values in every layer) or 'embedding' (last hidden state).", one_of=KINDS
+        "kv", "What a memory slot is: 'kv' (keys and values in every layer) or 'embedding' (one vector, by `readout`).", one_of=KINDS
     )
     ratio: int = setting(4, "Context tokens a memory slot stands for, by default.", least=1)
     segment_length: int = setting(128, "Longest piece of context, in tokens, that is encoded at once; longer texts are cut evenly.")
@@ -211,7 +211,11 @@ class TrainConfig(_Config):
     objective: str = setting(
         "pretrain", "'pretrain' (autoencoding and continuation) or 'instruct' (context, prompt, response).", one_of=OBJECTIVES
     )
-    init: str | None = setting(None, "Checkpoint folder to start from; none: a new adapter.")
+    init: str | None = setting(
+        None,
+        "Checkpoint to start from: a folder, a shipped name or a Hub id; none: a new adapter. `icae finetune` starts from the one that "
+        "ships, where `init` is left out.",
+    )
     max_tokens: int | None = setting(None, "Read at most this many tokens of the training data; none: all.", least=1)
     steps: int = setting(1000, "Optimizer updates.", least=1)
     minutes: float | None = setting(

@@ -44,7 +44,8 @@ Slots = MemorySlots | Sequence[MemorySlots]
 class ICAE(nn.Module):
     """An in-context autoencoder (arXiv 2307.06945): a LoRA encoder that writes memory slots, and the frozen base that reads them.
 
-    Trainable are exactly the LoRA matrices, the memory token and the markers (the AE, LM and FT vectors).
+    Trainable are exactly the LoRA matrices, the memory token, the markers (the AE, LM and FT vectors) and, where the config asks for them,
+    the encoder's maps `mix` and `connector`.
     """
 
     def __init__(self, base: Base, config: ICAEConfig):
@@ -148,7 +149,7 @@ class ICAE(nn.Module):
         ratio: int | None = None,
         teacher: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Return the loss of one batch from `objectives.collate` (see `batch_loss`)."""
+        """Return the loss of one batch from `objectives.collate`, a scalar under the name `loss` (see `batch_loss`)."""
         slots = self._encode(segment_ids, lengths, groups, ratio)
         texts = (markers, text_ids, real, scored, weights)
         if self.encoder.lean is not None and self.training:
@@ -270,7 +271,7 @@ class ICAE(nn.Module):
         """Give the text back: a string, or a list of strings for several slots.
 
         It is what the decoder reads from the slots (greedy), put right where its own slots differ from the given ones (`refine_ids`) if
-        `refine` is true; none: where that is quick (`refines`).
+        `refine` is true; none: where that is quick (`refines`). Errors as for `refine_ids`.
         """
         many = [slots] if isinstance(slots, MemorySlots) else list(slots)
         read = self.read_segments(many, batch_size=batch_size)

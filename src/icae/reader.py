@@ -29,7 +29,9 @@ class Sampling:
     temperature: float = 0.0
     """0: always the likeliest token."""
     top_p: float = 1.0
+    """Of the likeliest tokens, so many that their probabilities reach this are drawn from."""
     seed: int | None = None
+    """Of what is drawn; none: another each time."""
 
 
 GREEDY = Sampling()

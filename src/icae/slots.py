@@ -3,7 +3,7 @@
 `MemorySlots` holds the slots of one context (those of several, padded, are a `SlotBatch`: slot_batch.py). It knows no text, no tokenizer
 and no model. Two kinds stand behind one interface:
 
-    embedding   last hidden state at the memory positions             embeddings (k, hidden)
+    embedding   one vector, by default the last hidden state          embeddings (k, hidden)
     kv          keys and values of the memory tokens in every layer   keys, values (k, layers, heads, head size)
 
 Every tensor has the slots on its first axis, so that cutting, joining and padding never ask for the kind. Only moving slots to

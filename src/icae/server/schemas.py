@@ -1,7 +1,8 @@
-"""Requests and replies, as pydantic models; the OpenAPI description is made from them. Unknown fields are ignored, as clients expect.
+"""Requests and replies, as pydantic models; the OpenAPI description is made from them.
 
-What OpenAI's interface has and this server cannot do (several choices, tools, log-probabilities, penalties, response formats) is
-refused where a request asks for it, instead of being passed over in silence.
+Unknown fields are ignored, as clients of OpenAI's interface expect; those of `/v1/contexts`, which is ours, are refused. What
+OpenAI's interface has and this server cannot do (several choices, tools, log-probabilities, penalties, response formats) is refused where
+a request asks for it, instead of being passed over in silence.
 """
 
 from __future__ import annotations
