@@ -11,6 +11,9 @@ from functools import cache
 
 import numpy as np
 
+from icae.overlap import letter_by_letter
+from icae.overlap import words as words_of_any_script
+
 
 def bleu(text: str, reference: str) -> float:
     """Return sacrebleu's sentence BLEU, 0 to 100: shared word n-grams up to four, with its own tokenizer and smoothing.
@@ -43,8 +46,18 @@ def perplexity(nll: Sequence[float]) -> float:
 
 
 def rouge1(text: str, reference: str) -> float:
-    """Return ROUGE-1 F1, 0 to 1: shared stemmed words, whatever their order (used for PwC without GPT-4)."""
+    """Return ROUGE-1 F1, 0 to 1: shared stemmed words, whatever their order (used for PwC without GPT-4).
+
+    rouge_score knows a to z and digits alone. A reference that has letters, but none of these, is compared by its own script's words,
+    unstemmed, and letter by letter where the script puts no spaces between words.
+    """
+    if any(c.isalpha() for c in reference) and not re.search("[a-zA-Z]", reference):
+        return _f1(_pieces(text), _pieces(reference))
     return _rouge().score(reference, text)["rouge1"].fmeasure
+
+
+def _pieces(text: str) -> list[str]:
+    return [piece for word in words_of_any_script(text.lower()) for piece in (word if letter_by_letter(word) else [word])]
 
 
 @cache

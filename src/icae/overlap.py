@@ -20,6 +20,8 @@ LENGTH = 0.75
 """BM25's b: how much a longer text has to offset."""
 _BETWEEN = re.compile(r"[\s!-/:-@\[-`{-~\u00a0-\u00bf\u2000-\u206f\u3000-\u303f\uff00-\uff0f]+")
 """What stands between words: spaces and punctuation; what is written onto letters (as in Devanagari) is none of it."""
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+"""Thai, Lao, Burmese, Khmer, kana and Chinese characters."""
 
 
 class Texts:
@@ -59,6 +61,11 @@ class Texts:
 def words(text: str) -> list[str]:
     """Return what stands between spaces and punctuation, marks that are written onto letters included."""
     return [word for word in _BETWEEN.split(text) if word]
+
+
+def letter_by_letter(word: str) -> bool:
+    """Tell whether what stands between two spaces may be many words: its script puts none between them."""
+    return _UNSPACED.search(word) is not None
 
 
 def grams(text: str) -> list[str]:

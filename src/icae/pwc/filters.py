@@ -6,7 +6,9 @@ An answer is refused when it is empty, was cut short, repeats itself, only gives
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
+from icae.overlap import letter_by_letter
 from icae.overlap import words as split
 
 _FREE = {"continue"}
@@ -53,8 +55,17 @@ def repeats(words: list[str]) -> bool:
 def support(text: str, prompt: str, words: list[str]) -> float:
     """Return the share of an answer's longer words and numbers whose stem is in the text or the prompt; 1 where it has none.
 
-    Stems are words' first five letters: crude, and the same in every language with suffixes.
+    Stems are words' first five letters: crude, and the same in every language with suffixes. Of scripts that put no spaces between words,
+    every two neighbouring letters are looked for.
     """
-    known = {word[:5] for word in split(f"{text} {prompt}".lower())}
-    telling = [word for word in words if (len(word) > 3 and word not in _STOP) or word.isdigit()]
-    return sum(word[:5] in known for word in telling) / len(telling) if telling else 1.0
+    known = {stem for word in split(f"{text} {prompt}".lower()) for stem in _stems(word)}
+    telling = [stem for word in words if _tells(word) for stem in _stems(word)]
+    return sum(stem in known for stem in telling) / len(telling) if telling else 1.0
+
+
+def _tells(word: str) -> bool:
+    return letter_by_letter(word) or (len(word) > 3 and word not in _STOP) or word.isdigit()
+
+
+def _stems(word: str) -> list[str]:
+    return [a + b for a, b in pairwise(word)] if letter_by_letter(word) else [word[:5]]
