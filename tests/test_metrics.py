@@ -40,6 +40,21 @@ def test_rouge1_ignores_word_order():
     assert rouge1("ship", "the tide mill") == 0.0
 
 
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("Высокая башня, у моря", "у моря башня", 6 / 7),
+        ("тысяча", "у моря башня", 0.0),
+        ("灯在窗边", "灯在", 2 / 3),
+        ("моря Beyoncé", "Beyoncé", 1.0),  # as rouge_score has it: letters of no other script count
+        ("beyonc", "Beyoncé", 1.0),
+        ("в 1998", "1998", 1.0),
+    ],
+)
+def test_rouge1_knows_scripts_that_rouge_score_does_not(text, reference, expected):
+    assert rouge1(text, reference) == pytest.approx(expected)
+
+
 def test_interval_holds_the_mean_and_narrows_with_samples():
     few, many = [0.0, 1.0] * 5, [0.0, 1.0] * 500
     low, high = interval(few)

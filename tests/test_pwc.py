@@ -117,6 +117,13 @@ def test_answers_that_teach_nothing_are_refused(kind, answer, ended, reason):
     assert refusal(TEXT, kind, "What does he keep?", answer, ended) == reason
 
 
+def test_scripts_without_spaces_are_looked_for_letter_by_letter():
+    text = "港口的主人把一盏黄铜灯放在窗边。雾从西岸来的时候,他就点灯。"
+    assert refusal(text, "specific", "灯在哪里?", "灯放在窗边", True) is None
+    assert refusal(text, "specific", "灯在哪里?", "大象在巴黎跳舞", True) == "unsupported"
+    assert support("ประภาคารอยู่ที่ท่าเรือ", "", ["ท่าเรือ"]) == 1.0
+
+
 def test_support_is_the_share_of_telling_words():
     assert support(TEXT, "", ["lamps", "window"]) == 0.5 + 0.5 * ("lamps"[:5] == "lamp")  # stems are five letters: no plural of four
     assert support(TEXT, "", ["harbours", "western", "paris", "1999"]) == 0.5
