@@ -66,6 +66,21 @@ def test_the_tail_stays_text_and_what_is_too_short_too(checkpoint, base):
     assert found.nll.tolist() == pytest.approx(expected, abs=1e-4)
 
 
+def test_an_empty_context_is_what_the_tokenizer_puts_before_a_text(checkpoint, base):
+    lm = IcaeLM(str(checkpoint))
+    ids = lm.tok_encode(tiny.LINES[0][:12])
+    ((likelihood, _),) = lm.loglikelihood(requests("loglikelihood", ("", tiny.LINES[0][:12])), disable_tqdm=True)
+    likely = tiny.base_logits(base, base.lead + ids).log_softmax(-1)
+    assert likelihood == pytest.approx(sum(float(likely[len(base.lead) + i - 1, ids[i]]) for i in range(len(ids))), abs=1e-3)
+
+
+def test_a_chat_keeps_its_template_s_special_tokens(checkpoint, base):
+    lm = IcaeLM(str(checkpoint))
+    asked = lm.apply_chat_template([{"role": "user", "content": "Who rings?"}])
+    assert lm.tok_encode(asked) == base.prompted("Who rings?")
+    assert base.tokenizer.eos_token_id in lm.tok_encode(asked)
+
+
 def test_rolling_scores_every_token_once_and_the_first_piece_as_the_base_does(checkpoint, base):
     lm = IcaeLM(str(checkpoint))
     text = tiny.LINES[0]

@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from icae.chat import tokenize
 from icae.errors import ICAEError
 from icae.model import ICAE
 from icae.objectives import Example, Marker
@@ -81,13 +82,18 @@ class IcaeLM(TemplateLM):
         return self.model.base.eos_ids[0]
 
     @property
+    def prefix_token_id(self) -> int:
+        """The id that stands for an empty context: the last of what the tokenizer puts before a text, else the one that ends a text."""
+        return (self.model.base.lead or [self.eot_token_id])[-1]
+
+    @property
     def tokenizer_name(self) -> str:
         """The tokenizer's name, which tells caches apart."""
         return str(self.model.base.name).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokenise without special tokens: slots stand where a BOS would."""
-        return self.model.base.encode(string)
+        """Tokenise with the special tokens that a chat template wrote, and none put around them: slots stand where a BOS would."""
+        return tokenize(self.tokenizer, string, special=True)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a chat in the tokenizer's own template."""
@@ -171,9 +177,9 @@ class IcaeLM(TemplateLM):
         return text
 
     def _led(self, ids: list[int]) -> list[int]:
-        """Return ids after what the tokenizer puts before a text (an EOS where that is nothing), unless they begin with it."""
+        """Return ids after what the tokenizer puts before a text (an EOS where that is nothing), of which they may hold the last."""
         lead = self.model.base.lead or [self.eot_token_id]
-        return ids if ids[: len(lead)] == lead else lead + ids
+        return ids if ids[: len(lead)] == lead else lead + (ids if ids != [self.prefix_token_id] else [])
 
     def _room(self, behind: int) -> int:
         """Return the longest context that leaves the base positions for `behind` tokens, the marker and a lead."""
