@@ -1,4 +1,5 @@
 import json
+import signal
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from icae.errors import ICAEError
 from icae.metrics import token_f1
 from icae.model import ICAE
 from icae.qa import PLACES, SIDES, documents, drawn, places, qa
-from icae.shares import qa_side_by_side
+from icae.shares import processes, qa_side_by_side
 from icae.slots import MemorySlots
 from icae.triples import Triple
 
@@ -68,6 +69,13 @@ def test_questions_shared_out_among_processes_have_the_same_answers_and_figures(
     alone, expected = qa(model, asked, **how)
     assert rows == expected == heard and done == [(3, 8), (6, 8), (8, 8)]
     assert results == {**alone, "budget": pytest.approx(alone["budget"])}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_ended_takes_up_no_further_work(how):
+    with pytest.raises(ICAEError) as error, processes(1, dict) as pool:
+        list(pool.map(signal.raise_signal, [how, how]))
+    one_line(error.value, "lower --jobs")
 
 
 def test_what_no_side_could_read_whole_is_left_out_and_counted(base):

@@ -6,21 +6,17 @@ What shares readings, questions or windows stays together, in one process. What 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from icae.experiments import EXPERIMENTS
 from icae.experiments.context import Context
 from icae.experiments.runner import check, reproduce
-from icae.shares import single_threads
+from icae.shares import own, processes
 
 GROUPS = (("fig4", "fig5", "table2", "memory"), ("table3", "table6"), ("qa", "table4", "table5"), ("fig6",), ("table1",))
 """The longest first."""
-
-_own: list[Context] = []
 
 
 def side_by_side(
@@ -47,7 +43,7 @@ def side_by_side(
     Raises
     ------
     ICAEError
-        As `begin` and `reproduce` do.
+        As `begin`, `reproduce` and `processes` do.
     """
     check(names, out, samples)
     context, wanted = begin(), names or tuple(EXPERIMENTS)
@@ -55,7 +51,7 @@ def side_by_side(
     groups = [chosen for group in GROUPS if (chosen := [n for n in group if n in wanted])]
     if jobs < 2 or len(groups) < 2:
         return reproduce(context, wanted, **settings)
-    with single_threads(), ProcessPoolExecutor(min(jobs, len(groups)), get_context("spawn"), _open, (begin,)) as pool:
+    with processes(min(jobs, len(groups)), begin) as pool:
         outcomes = list(pool.map(partial(_reproduce, settings), groups))
     outcome = {name: how for part in outcomes for name, how in part.items()}
     if alone := [n for n in wanted if n not in outcome]:
@@ -63,12 +59,5 @@ def side_by_side(
     return {name: outcome[name] for name in wanted}
 
 
-def _open(begin: Callable[[], Context]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    _own.append(begin())
-
-
 def _reproduce(settings: dict[str, Any], names: Sequence[str]) -> dict[str, str]:
-    return reproduce(_own[0], names, **settings)
+    return reproduce(own[0], names, **settings)
