@@ -272,6 +272,13 @@ def test_a_mistake_in_the_options_costs_no_file(icae, checkpoint, options, words
     assert Path("said.jsonl").read_text() == "hours" and Path("t.jsonl").read_text() == row
 
 
+@pytest.mark.parametrize("source", ["t.txt", "."])
+def test_a_report_is_not_written_over_the_text(icae, source):
+    Path("t.txt").write_text(TEXT)
+    code, _, err = icae("evaluate", "autoencoding", "--text", source, "--save", "t.txt", "--model", "none")
+    assert code == 2 and "t.txt is the data itself" in err and Path("t.txt").read_text() == TEXT
+
+
 @pytest.mark.parametrize("command", [("autoencoding", "--lengths=-64"), ("continuation", "--length=-1"), ("qa-places", "--length=-1")])
 def test_lengths_are_two_tokens_at_least(icae, checkpoint, command):
     Path("t.txt").write_text(" ".join(tiny.LINES))

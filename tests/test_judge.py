@@ -104,10 +104,11 @@ def test_a_line_cut_short_by_a_kill_is_asked_again_and_a_damaged_one_is_named(tm
     assert len(record.read_text().splitlines()) == 2
     record.write_bytes(record.read_bytes() + '{"key": "x", "reply": "caf\u00e9"'.encode()[:-2])  # cut inside a character
     assert judge(tmp_path, Endpoint()).compare("p", [ITEM]) == ([1], 0) and len(record.read_text().splitlines()) == 2
-    record.write_text("no json\n" + record.read_text())
+    record.write_text(other := f"no json\n{record.read_text()}and a line without an end")
     with pytest.raises(ICAEError) as error:
         judge(tmp_path, Endpoint())
     one_line(error.value, "line 1", "judge.jsonl")
+    assert record.read_text() == other  # what is no record is left alone
 
 
 @pytest.mark.parametrize("choices", [None, []])

@@ -84,3 +84,10 @@ def make_room(path: str | Path) -> Path:
     except OSError as error:
         raise ICAEError(f"nothing can be written to {path.parent}: {error.strerror or error}; name another file") from error
     return path
+
+
+def check_apart(path: Path, source: str) -> None:
+    """Raise `ICAEError` where a file that is to be written is what is read: the source itself, or a text in its folder."""
+    read = Path(source)
+    if path.exists() and read.exists() and (path.samefile(read) or (path.suffix == ".txt" and read.resolve() in path.resolve().parents)):
+        raise ICAEError(f"{path} is the data itself; write to another file")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icae.atomic import check_apart
 from icae.config import TrainConfig
 from icae.errors import ICAEError
 from icae.terminal import Json, print_results, progress
@@ -55,13 +56,15 @@ def build(
 
     from icae.data import documents
     from icae.packed import packed_linear
-    from icae.pwc.build import Budget
+    from icae.pwc.build import Budget, files
     from icae.pwc.build import build as build_triples
     from icae.pwc.passages import chosen, passages
     from icae.pwc.prompts import kinds_of
 
     if out.suffix != ".jsonl":
         raise ICAEError(f"{out} must end in .jsonl")
+    for path in files(out):
+        check_apart(path, source)
     for name, value in (
         ("texts", texts),
         ("least", least),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from icae.atomic import make_room, write_atomically
+from icae.atomic import check_apart, make_room, write_atomically
 from icae.errors import ICAEError
 from icae.segments import check_ratio
 from icae.terminal import (
@@ -215,6 +215,7 @@ def _evaluate(function: Callable[..., Any], text: str, loading: dict[str, Any], 
         raise ICAEError(f"samples must be at least 1, got {settings['samples']}")
     if save is not None:
         make_room(save)
+        check_apart(save, text)
     icae = load_model(**loading)
     corpus = load_corpus(text, icae.base)
     with progress("evaluating", "samples") as tick:
@@ -250,8 +251,7 @@ def _evaluate_qa(
     for path in (responses, save):
         if path is not None:
             make_room(path)
-            if path.exists() and Path(data).exists() and path.samefile(data):
-                raise ICAEError(f"{path} is the data itself; write to another file")
+            check_apart(path, data)
     icae = load_model(**loading)
     every = load_triples(data, icae.base)
     with _lines(responses) as heard, progress("asking", "questions") as tick:

@@ -161,8 +161,6 @@ def _read(record: Path) -> dict[str, str]:
         return {}
     try:
         lines = record.read_bytes().split(b"\n")
-        if lines[-1]:
-            os.truncate(record, sum(len(line) + 1 for line in lines[:-1]))
     except OSError as error:
         raise ICAEError(f"could not read the record {record}: {error}") from error
     known = {}
@@ -172,4 +170,9 @@ def _read(record: Path) -> dict[str, str]:
             known[row["key"]] = str(row["reply"])
         except (ValueError, KeyError, TypeError) as error:
             raise ICAEError(f"{record}, line {number}: no reply of a judge; mend or delete that line") from error
+    if lines[-1]:
+        try:
+            os.truncate(record, sum(len(line) + 1 for line in lines[:-1]))
+        except OSError as error:
+            raise ICAEError(f"could not write the record {record}: {error.strerror}") from error
     return known
