@@ -10,6 +10,7 @@ from icae.base import load_base
 from icae.chat import chat_prompt, full_text
 from icae.decoder import Decoder
 from icae.errors import ICAEError
+from icae.pwc import teachers
 from icae.pwc.build import Budget, Ledger, build
 from icae.pwc.filters import refusal, repeats, support
 from icae.pwc.passages import chosen, is_test, passages
@@ -86,6 +87,7 @@ def test_a_reply_is_read_as_far_as_it_holds():
         ("title", "Name it.", "Doors"),
         ("specific", "q", "a"),
     ]
+    assert replied(f"As you asked [in your words]: {json.dumps([good])} [end]") == [("title", "Name it.", "Doors")]
     for kind in (["title"], {"title": 1}, None, 3):
         assert replied(json.dumps([{**good, "kind": kind}])) == [("specific", "Name it.", "Doors")]
     for broken in ("", "no", "[{]", '{"a": 1}', "[1, 2"):
@@ -234,10 +236,11 @@ def test_a_kill_in_the_middle_of_a_line_loses_that_line_alone(tmp_path):
     raw.write_bytes(raw.read_bytes()[:-20])
     build(TEXTS[:5], out, again := Scripted())
     assert again.asked == [TEXTS[4]] and len(Ledger(raw).rows) == 5
-    raw.write_bytes(b"{}\n" + raw.read_bytes())
+    raw.write_bytes(other := b"{}\n" + raw.read_bytes() + b"and a line without an end")
     with pytest.raises(ICAEError) as error:
         Ledger(raw)
     one_line(error.value, "line 1")
+    assert raw.read_bytes() == other  # what is no ledger is left alone
 
 
 def test_budgets_are_never_exceeded_and_count_over_all_runs(tmp_path):
@@ -280,7 +283,7 @@ def test_an_answer_that_suits_everything_is_taken_only_so_often(tmp_path):
     assert counts["triples"] + counts["test"] == 20 and counts["refused"] == {"duplicate": 10}
 
 
-def client(replies):
+def client(replies, tokens=50):
     """An OpenAI client's face: yields replies in turn; an exception is raised."""
 
     def create(**asked):
@@ -290,7 +293,7 @@ def client(replies):
             raise reply
         words, reason = reply
         choice = SimpleNamespace(message=SimpleNamespace(content=words), finish_reason=reason)
-        return SimpleNamespace(choices=[choice], usage=SimpleNamespace(total_tokens=50))
+        return SimpleNamespace(choices=[choice], usage=SimpleNamespace(total_tokens=tokens))
 
     create.asked = []
     return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
@@ -311,6 +314,40 @@ def test_an_endpoint_is_asked_once_a_text_and_cut_replies_are_read_as_far_as_the
     assert [t.context for t in found] == [texts[0]] * 3 + [texts[1]] * 2
     assert json.loads((tmp_path / "t.raw.jsonl").read_text().splitlines()[2])["raw"] == "I cannot."
     assert all(texts[n] in a["messages"][0]["content"] for n, a in enumerate(fake.chat.completions.create.asked))
+
+
+def test_an_endpoint_that_does_not_count_tokens_is_budgeted_by_the_most_it_may_cost(tmp_path):
+    good = (json.dumps([{"prompt": "What?", "answer": "the brass lamp"}]), "stop")
+    teacher = EndpointTeacher("m", client=client([good], tokens=None))
+    ((_, reply),) = teacher.read(TEXTS[:1])
+    assert reply.tokens == teacher.most(TEXTS[0])
+    kept = Ledger(tmp_path / "raw.jsonl")
+    kept.add("m", "text", Reply([], None))  # as older ledgers have it
+    assert Ledger(kept.path).tokens == 0
+
+
+def test_a_reply_that_is_cut_short_ends_as_a_failure():
+    teacher = EndpointTeacher("m", client=client([json.JSONDecodeError("Expecting value", "", 0)]))
+    with pytest.raises(ICAEError) as error:
+        list(teacher.read(TEXTS[:1]))
+    one_line(error.value, "the endpoint of 'm' failed", "Expecting value")
+
+
+def test_replies_under_way_at_an_interrupt_are_kept(monkeypatch):
+    good = (json.dumps([{"prompt": "What?", "answer": "the brass lamp"}]), "stop")
+    teacher, interrupts, completed = EndpointTeacher("m", client=client([good] * 3)), iter([True]), teachers.as_completed
+
+    def waiting(under_way):
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        return completed(under_way)
+
+    monkeypatch.setattr(teachers, "as_completed", waiting)
+    got = []
+    with pytest.raises(KeyboardInterrupt):
+        for number, _ in teacher.read(TEXTS[:3]):
+            got.append(number)
+    assert sorted(got) == [0, 1, 2]
 
 
 def test_replies_under_way_beside_a_failure_are_kept():
@@ -338,6 +375,14 @@ def test_replies_beside_a_defect_are_kept(monkeypatch):
 
 
 # ---- the command line ----
+
+
+@pytest.mark.parametrize("source", ["t.jsonl", "t.raw.jsonl", "t.test.jsonl"])
+def test_the_texts_are_not_written_over(icae, tmp_path, source):  # noqa: F811
+    (tmp_path / source).write_text(row := json.dumps({"text": LINES[0]}))
+    code, out, err = icae("data", "build", source, "t.jsonl", "--least", 60, "--base", "none")
+    assert (code, out) == (2, "") and f"{source} is the data itself" in err and err.count("\n") == 1
+    assert (tmp_path / source).read_text() == row
 
 
 def test_build_and_check_on_the_command_line(icae, tmp_path):  # noqa: F811

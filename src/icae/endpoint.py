@@ -47,5 +47,5 @@ def reply(client: Any, model: str, messages: list[dict[str, str]], **settings: A
         made = client.chat.completions.create(model=model, messages=messages, **settings)
         choice = made.choices[0]
         return choice.message.content or "", choice, getattr(made, "usage", None)
-    except (openai.OpenAIError, IndexError, AttributeError, TypeError) as error:
+    except (openai.OpenAIError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise ICAEError(f"the endpoint of {model!r} failed: {' '.join(str(error).split())}") from error

@@ -41,6 +41,11 @@ class Budget:
     minutes: float | None = None
 
 
+def files(out: Path) -> tuple[Path, Path, Path]:
+    """Return all that is written for OUT: triples to train on, raw replies, and triples to test with."""
+    return out, out.with_suffix(".raw.jsonl"), out.with_suffix(".test.jsonl")
+
+
 def build(
     texts: Sequence[str],
     out: Path,
@@ -63,7 +68,7 @@ def build(
         If a file cannot be written, or the teacher fails; what it said before is in the files then.
     """
     make_room(out)
-    ledger = Ledger(out.with_suffix(".raw.jsonl"))
+    ledger = Ledger(files(out)[1])
     begun, limits, stopped = time.monotonic(), budget or Budget(), None
     todo = [text for text in texts if not ledger.has(teacher.name, text)]
     done = len(texts) - len(todo)
@@ -111,8 +116,6 @@ class Ledger:
         self.rows: list[dict[str, Any]] = []
         try:
             lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-            if lines[-1]:
-                os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
         except OSError as error:
             raise ICAEError(f"could not read {path}: {error.strerror}") from error
         for number, line in enumerate(lines[:-1], 1):
@@ -121,6 +124,11 @@ class Ledger:
                 self.rows.append({name: row[name] for name in ("teacher", "text", "said", "tokens", "raw")})
             except (ValueError, KeyError, TypeError) as error:
                 raise ICAEError(f"{path}, line {number}: no reply of a teacher; mend or delete that line") from error
+        if lines[-1]:
+            try:
+                os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
+            except OSError as error:
+                raise ICAEError(f"could not write {path}: {error.strerror}") from error
         self._known = {(row["teacher"], digest(row["text"])) for row in self.rows}
 
     @property
@@ -131,7 +139,7 @@ class Ledger:
     @property
     def tokens(self) -> int:
         """Tokens spent."""
-        return sum(row["tokens"] for row in self.rows)
+        return sum(row["tokens"] or 0 for row in self.rows)  # null, where an endpoint did not say
 
     def has(self, teacher: str, text: str) -> bool:
         """Tell whether that teacher was asked about a text."""
@@ -182,6 +190,7 @@ def write(ledger: Ledger, out: Path, test_share: float) -> dict[str, Any]:
             alike[words] += 1
             triple = {"input": row["text"], "prompt": prompt, "answer": answer, "kind": said["kind"], "teacher": row["teacher"]}
             lines[tests].append(json.dumps(triple, ensure_ascii=False) + "\n")
-    write_together({out: "".join(lines[False]).encode(), out.with_suffix(".test.jsonl"): "".join(lines[True]).encode()})
+    train, _, test = files(out)
+    write_together({train: "".join(lines[False]).encode(), test: "".join(lines[True]).encode()})
     counts = {"texts": ledger.requests, "tokens": ledger.tokens}
     return counts | {"triples": len(lines[False]), "test": len(lines[True]), "refused": dict(sorted(refused.items()))}

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from icae.data import check_whole
 from icae.errors import ICAEError
@@ -116,13 +117,8 @@ Answer every prompt yourself, from the text alone. Reply with a JSON array of fi
 
 def replied(reply: str) -> list[tuple[str, str, str]]:
     """Return (kind, prompt, answer) of an endpoint's reply; what is no such array gives none, what is broken in it is left out."""
-    begin, end = reply.find("["), reply.rfind("]")
-    try:
-        rows = json.loads(reply[begin : end + 1])
-    except ValueError:
-        return []
     found = []
-    for row in rows if isinstance(rows, list) else []:
+    for row in _array(reply):
         if isinstance(row, dict) and all(isinstance(row.get(name), str) for name in ("prompt", "answer")):
             try:
                 check_whole(row["prompt"] + row["answer"])
@@ -131,3 +127,15 @@ def replied(reply: str) -> list[tuple[str, str, str]]:
             kind = row.get("kind")
             found.append((kind if isinstance(kind, str) and kind in GENERAL else "specific", row["prompt"], row["answer"]))
     return found
+
+
+def _array(reply: str) -> list[Any]:
+    """Return the first JSON array with objects in it, whatever is said around it."""
+    for bracket in re.finditer(r"\[", reply):
+        try:
+            rows, _ = json.JSONDecoder().raw_decode(reply, bracket.start())
+        except (ValueError, RecursionError):
+            continue
+        if any(isinstance(row, dict) for row in rows):
+            return rows
+    return []

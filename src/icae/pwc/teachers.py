@@ -223,24 +223,32 @@ class EndpointTeacher:
         return len(request(text).encode()) // 2 + self.max_tokens
 
     def read(self, texts: Sequence[str]) -> Iterator[tuple[int, Reply]]:
-        """Yield each text's number and reply; a failure is raised after what succeeded."""
-        failure: Exception | None = None
+        """Yield each text's number and reply; a failure, or an interrupt, is raised after what succeeded; a second interrupt at once."""
+        failure: BaseException | None = None
         with ThreadPoolExecutor(max_workers=max(1, len(texts))) as pool:
             under_way = {pool.submit(self._ask, text): number for number, text in enumerate(texts)}
-            for done in as_completed(under_way):
+            while under_way:
                 try:
-                    yield under_way[done], done.result()
+                    done = next(as_completed(under_way))
+                except KeyboardInterrupt as interrupt:
+                    if isinstance(failure, KeyboardInterrupt):
+                        raise
+                    failure = interrupt
+                    continue
+                number = under_way.pop(done)
+                try:
+                    yield number, done.result()
                 except Exception as error:  # whatever it is, what the others cost is kept
-                    failure = error
+                    failure = failure or error
         if failure is not None:
             raise failure
 
     def _ask(self, text: str) -> Reply:
         messages = [{"role": "user", "content": request(text)}]
         words, choice, usage = reply(self._client, self.model, messages, max_tokens=self.max_tokens, temperature=self.temperature)
-        tokens = usage.total_tokens if usage else self.most(text)
+        tokens = getattr(usage, "total_tokens", None)  # some endpoints say nothing of it
         rows = replied(words if choice.finish_reason != "length" else words[: words.rfind("}") + 1] + "]")
-        return Reply([Said(*row, ended=True) for row in rows], tokens, "" if rows else words)
+        return Reply([Said(*row, ended=True) for row in rows], self.most(text) if tokens is None else tokens, "" if rows else words)
 
 
 def said_of(prompt: Prompt, words: str, ended: bool) -> Said:
