@@ -1,4 +1,6 @@
 import json
+import lzma
+from pathlib import Path
 
 import pytest
 from test_data import refused, rows_to_jsonl, windows
@@ -227,6 +229,21 @@ def test_a_hub_name_gives_its_split_and_what_the_hub_refuses_is_one_line(monkeyp
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
     refused(lambda: load_triples("sggetao/PwC"), "sggetao/PwC", "no network")
+
+
+def test_triples_may_be_compressed(tmp_path):
+    plain = Path(rows_to_jsonl(tmp_path / "t.jsonl", [GOOD] * 3))
+    small = tmp_path / "t.jsonl.xz"
+    small.write_bytes(lzma.compress(plain.read_bytes()))
+    assert load_triples(str(small)) == load_triples(str(plain))
+    small.write_bytes(small.read_bytes()[:-9])
+    refused(lambda: load_triples(str(small)), "is no .xz, or is not all of one")
+
+
+def test_the_questions_that_come_along_are_triples_word_for_word():
+    triples = load_triples(str(Path(__file__).parent.parent / "data" / "questions.jsonl.xz"))
+    assert len(triples) > 38_000 and len({t.context for t in triples}) > 11_000
+    assert all(t.response in t.context and t.prompt.endswith("?") for t in triples)
 
 
 def test_missing_files_are_refused(tmp_path):

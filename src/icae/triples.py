@@ -1,6 +1,6 @@
 """(Context, prompt, response) triples: read in every form, and made into fine-tuning samples, by index.
 
-    .jsonl with input, prompt, answer      ->
+    .jsonl with input, prompt, answer      ->   (either also compressed: .jsonl.xz)
     .json of SQuAD's form                  -> list[Triple] -> Triples, one Example an index
     Hub name (sggetao/PwC, or name:split)  ->
 
@@ -10,6 +10,7 @@ Bad rows are named, counted and left out. Sample i is a function of settings, se
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,13 +188,18 @@ def _rows(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     if not source:
         raise ICAEError("the source is empty; name a .jsonl of triples, SQuAD's .json, or a Hub name")
     path = Path(source)
-    if path.suffix not in (".json", ".jsonl") and not path.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
+    if path.suffix not in (".json", ".jsonl", ".xz") and not path.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
         yield from _hub(source)
         return
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ICAEError(f"could not read {source}: {error.strerror}; give a .jsonl of triples, SQuAD's .json, or a Hub name") from error
+    if path.suffix == ".xz":
+        try:
+            data, path = lzma.decompress(data), path.with_suffix("")
+        except (lzma.LZMAError, EOFError) as error:
+            raise ICAEError(f"{source} is no .xz, or is not all of one ({error})") from error
     if path.suffix == ".json":
         yield from _squad(source, data)
         return
