@@ -127,6 +127,32 @@ def test_joined_documents_are_made_alone_and_hold_the_asked_one(base, kind):
     assert documents(model, TRIPLES, count=2, max_new_tokens=3, batch_size=8, seed=1)[1] == rows
 
 
+@pytest.mark.parametrize(
+    ("ask", "how"),
+    [(documents, {}), (places, {"length": 100}), (places, {"length": 100, "whole": True}), (places, {"length": 100, "sides": ["text"]})],
+)
+def test_a_question_that_leaves_no_room_is_left_out_and_counted(base, ask, how):
+    model, long = make_icae(base), Triple(TRIPLES[0].context, "Why? " * 300, "bell", ("bell",))
+    results, rows = ask(model, [*TRIPLES[:5], long], max_new_tokens=2, batch_size=9, **how)
+    assert (results["n"], results["left_out"]) == (5, 1) and [r["prompt"] for r in rows] == [t.prompt for t in TRIPLES[:5]]
+    _, expected = ask(model, TRIPLES[:5], max_new_tokens=2, batch_size=9, **how)
+    if ask is places:  # whose surroundings are each question's own
+        assert rows == expected
+    with pytest.raises(ICAEError) as error:
+        ask(model, [*TRIPLES[:5]], max_new_tokens=500, **how)
+    one_line(error.value, "no context leaves room", "500")
+
+
+def test_a_long_context_and_a_long_prompt_have_room_side_by_side(base):
+    """Padding takes no positions: what each row has room for alone, it has in a batch."""
+    model, long = make_icae(base), Triple(" ".join(LINES * 40), "Question?", "bell", ("bell",))
+    ids = base.encode(long.context)[: base.max_positions - 40]
+    asked = [Triple(base.decode(ids), "Question?", "bell", ("bell",)), Triple(TRIPLES[0].context, "Why? " * 60, "bell", ("bell",))]
+    results, rows = qa(model, asked, sides=["slots"], max_new_tokens=2)
+    alone = [qa(model, [t], sides=["slots"], max_new_tokens=2)[1][0] for t in asked]
+    assert results["left_out"] == 0 and rows == alone
+
+
 def test_shortened_text_that_the_base_cannot_read_is_left_out_too(base):
     model = make_icae(base, focus=2)
     room = base.max_positions * model.config.ratio

@@ -109,10 +109,13 @@ def fitting(model: ICAE, triples: Sequence[Triple], sides: Sequence[str], ratio:
     base = model.base
     kept = [t for t in triples if _positions(model, t, sides, ratio or model.config.ratio) + max_new_tokens <= base.max_positions]
     if not kept:
-        raise ICAEError(
-            f"no context leaves room for an answer of {max_new_tokens} tokens among the {base.max_positions} positions of {base.name}"
-        )
+        raise _full(model, max_new_tokens)
     return kept
+
+
+def _full(model: ICAE, max_new_tokens: int) -> ICAEError:
+    places = f"the {model.base.max_positions} positions of {model.base.name}"
+    return ICAEError(f"no context leaves room for an answer of {max_new_tokens} tokens among {places}")
 
 
 def merged(
@@ -143,15 +146,16 @@ def documents(
     Returns
     -------
     dict
-        `n`, `documents`; `f1_one`, `f1_several` (and `rouge1_*`, `*_interval`); `several_over_one`, the share that is left; and by
-        where the asked document stood among the others, `f1_first` and `f1_last`.
+        `n`, `left_out` (questions whose documents leave no room for an answer), `documents`; `f1_one`, `f1_several` (and `rouge1_*`,
+        `*_interval`); `several_over_one`, the share that is left; and by where the asked document stood among the others, `f1_first` and
+        `f1_last`.
     list of dict
         One row a question.
 
     Raises
     ------
     ICAEError
-        If the triples have fewer different contexts than documents are asked for, or these are none.
+        If the triples have fewer different contexts than documents are asked for, these are none, or they never leave room.
     """
     if count < 1:
         raise ICAEError(f"documents must be at least 1, got {count}; 2 asks one of two")
@@ -161,6 +165,12 @@ def documents(
         texts = _others(triples, t, chance, count - 1)
         at = int(chance.integers(count))
         mixed.append((at, [*texts[:at], t.context, *texts[at:]]))
+    lengths = {t.context: len(model.base.encode(t.context)) for t in triples}
+    ends = [_end(model, sum(lengths[text] for text in texts), t.prompt) for t, (_, texts) in zip(triples, mixed, strict=True)]
+    asked_for, kept = len(triples), [i for i, end in enumerate(ends) if end + max_new_tokens <= model.base.max_positions]
+    if not kept:
+        raise _full(model, max_new_tokens)
+    triples, mixed = [triples[i] for i in kept], [mixed[i] for i in kept]
     rows: list[dict[str, Any]] = [
         {"prompt": t.prompt, "answers": list(t.answers), "place": at} for t, (at, _) in zip(triples, mixed, strict=True)
     ]
@@ -176,7 +186,7 @@ def documents(
             for i, response in zip(chosen, made, strict=True):
                 rows[i][side] = response
         _tell([rows[i] for i in chosen], sum("several" in row for row in rows), len(rows), progress, heard)
-    results = {"n": len(rows), "documents": count} | _figures(rows, ("one", "several"))
+    results = {"n": len(rows), "left_out": asked_for - len(rows), "documents": count} | _figures(rows, ("one", "several"))
     results["several_over_one"] = results["f1_several"] / max(results["f1_one"], 1e-9)
     for name, place in (("first", 0), ("last", count - 1)):
         here = [token_f1(row["several"], row["answers"]) for row in rows if row["place"] == place]
@@ -210,15 +220,15 @@ def places(
     Returns
     -------
     dict
-        `n`, `left_out` (questions whose own paragraph is longer), `length`, `whole`; for each side (`slots`, `text`) and place
-        `f1_SIDE_PLACE` (and `rouge1_*`, `*_interval`), and `worst_over_best_SIDE`.
+        `n`, `left_out` (questions whose own paragraph is longer, or that leave no room for an answer), `length`, `whole`; for each side
+        (`slots`, `text`) and place `f1_SIDE_PLACE` (and `rouge1_*`, `*_interval`), and `worst_over_best_SIDE`.
     list of dict
         One row a question.
 
     Raises
     ------
     ICAEError
-        If a side is unknown, or the paragraphs do not fill the length.
+        If a side is unknown, the paragraphs do not fill the length, or they never leave room for an answer.
     """
     if not sides or not set(sides) <= {"slots", "text"}:
         raise ICAEError(f"sides must be slots, text or both, got {', '.join(sides)}")
@@ -226,15 +236,23 @@ def places(
     asked_for, triples = len(triples), [t for t in triples if len(base.encode(t.context)) <= length]
     if not triples:
         raise ICAEError(f"no question's own paragraph fits into {length} tokens; give a longer --length")
-    rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
     contexts = list(dict.fromkeys(t.context for t in triples))
     chance = np.random.default_rng([seed, 6])
     pool = [base.encode(contexts[int(i)]) for i in chance.permutation(len(contexts))[:_FILLERS]]
+    own = [base.encode(t.context) for t in triples]
+    around = [_filler(pool, mine, np.random.default_rng([seed, 7, i]), length) for i, mine in enumerate(own)]
     made_once: dict[tuple[int, ...], MemorySlots] = {}
     names = [f"{side}_{place}" for side in sides for place in PLACES]
 
+    def parts(i: int, place: str) -> list[list[int]]:
+        at = {"start": 0, "middle": len(around[i]) // 2, "end": len(around[i])}[place]
+        return [*around[i][:at], own[i], *around[i][at:]]
+
     def joined(parts: list[list[int]]) -> list[int]:
         return [i for n, part in enumerate(parts) for i in ((gap if n else []) + part)]
+
+    def told(i: int, place: str) -> str:
+        return full_text(base.decode(joined(parts(i, place))), triples[i].prompt)
 
     def compressed(parts: list[list[int]]) -> MemorySlots:
         if whole:
@@ -244,19 +262,24 @@ def places(
         made_once.update({key: s for key, s in fresh.items() if list(key) in pool})
         return MemorySlots.concatenate([fresh[tuple(p)] if tuple(p) in fresh else made_once[tuple(p)] for p in parts])
 
+    def end(i: int) -> int:
+        read = parts(i, "start")
+        ends = [_end(model, len(joined(read)) if whole else sum(map(len, read)), triples[i].prompt)] if "slots" in sides else []
+        return max(ends + ([len(base.prompted(told(i, place))) for place in PLACES] if "text" in sides else []))
+
+    kept = [i for i in range(len(triples)) if end(i) + max_new_tokens <= base.max_positions]
+    if not kept:
+        raise _full(model, max_new_tokens)
+    triples, own, around = [triples[i] for i in kept], [own[i] for i in kept], [around[i] for i in kept]
+    rows: list[dict[str, Any]] = [{"prompt": t.prompt, "answers": list(t.answers)} for t in triples]
     for chosen in _batches([len(t.context) for t in triples], batch_size):
         prompts = [triples[i].prompt for i in chosen]
-        own = [base.encode(triples[i].context) for i in chosen]
-        around = [_filler(pool, mine, np.random.default_rng([seed, 7, i]), length) for i, mine in zip(chosen, own, strict=True)]
         for place in PLACES:
-            ats = [{"start": 0, "middle": len(others) // 2, "end": len(others)}[place] for others in around]
-            parts = [[*o[:at], mine, *o[at:]] for at, mine, o in zip(ats, own, around, strict=True)]
             for side in sides:
                 if side == "slots":
-                    made = model.answers([compressed(p) for p in parts], prompts, max_new_tokens=max_new_tokens)
+                    made = model.answers([compressed(parts(i, place)) for i in chosen], prompts, max_new_tokens=max_new_tokens)
                 else:
-                    asked = [full_text(base.decode(joined(p)), q) for p, q in zip(parts, prompts, strict=True)]
-                    made = model.answers(None, asked, max_new_tokens=max_new_tokens)
+                    made = model.answers(None, [told(i, place) for i in chosen], max_new_tokens=max_new_tokens)
                 for i, response in zip(chosen, made, strict=True):
                     rows[i][f"{side}_{place}"] = response
         _tell([rows[i] for i in chosen], sum(names[-1] in row for row in rows), len(rows), progress, heard)
@@ -274,16 +297,20 @@ def _positions(model: ICAE, t: Triple, sides: Sequence[str], ratio: int) -> int:
     if {"text", "text_grounded"} & set(sides):
         longest = len(model.base.prompted(full_text(t.context, t.prompt)))
     if any(side.startswith("slots") for side in sides):
-        read = len(model.base.encode(t.context))
-        if model.config.focus:
-            read = min(read, model.config.focus * model.config.segment_length)
-        longest = max(longest, read + model.config.marker_length + len(model.base.prompted(t.prompt, alone=False)))
+        longest = max(longest, _end(model, len(model.base.encode(t.context)), t.prompt))
     if {"cut", "deleted", "none"} & set(sides):
         kept = 0
         if {"cut", "deleted"} & set(sides):
             kept = sum(slot_count(b - a, ratio) for a, b in cut(len(model.base.encode(t.context)), model.config.segment_length, ratio))
         longest = max(longest, kept + len(model.base.prompted(full_text("", t.prompt))))
     return longest
+
+
+def _end(model: ICAE, read: int, prompt: str) -> int:
+    """Return the positions that the slots of `read` tokens and a prompt take before the answer."""
+    if model.config.focus:
+        read = min(read, model.config.focus * model.config.segment_length)
+    return read + model.config.marker_length + len(model.base.prompted(prompt, alone=False))
 
 
 def drawn(triples: Sequence[Triple], samples: int | None, seed: int) -> list[Triple]:

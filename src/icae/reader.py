@@ -201,7 +201,8 @@ class Reader:
         if marker is not None:
             inputs = torch.cat([self.markers[int(marker)].to(inputs.dtype).expand(len(prompts), -1, -1), inputs], 1)
             places = self.places(batch, [int(marker)] * len(prompts), inputs.shape[1])
-        self._fits(int(places.max()) + 1, max(limits))
+        self._fits(int((places * real).max()) + 1, max(limits))
+        places = places.clamp(max=self.base.max_positions - 1)  # of padding alone
         return self.decoder.generate(
             batch,
             inputs.detach(),
