@@ -1,5 +1,6 @@
 """Judging, with a fake endpoint: order, ties, the record, and what happens when it fails."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -28,8 +29,8 @@ class Endpoint:
         return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=reply))])
 
 
-def judge(tmp_path, endpoint):
-    return Judge("wise", tmp_path / "record" / "judge.jsonl", client=endpoint)
+def judge(tmp_path, endpoint, url=None):
+    return Judge("wise", tmp_path / "record" / "judge.jsonl", client=endpoint, url=url)
 
 
 def prefers(answer):
@@ -95,6 +96,25 @@ def test_a_run_goes_on_without_asking_again(tmp_path):
     assert len(rest.asked) == 1
 
 
+def test_another_endpoint_is_asked_anew_though_its_model_has_the_same_name(tmp_path):
+    assert judge(tmp_path, Endpoint("Verdict: 1", "Verdict: 2")).compare("p", [ITEM]) == ([1], 0)
+    other = Endpoint("Verdict: 2", "Verdict: 1")
+    assert judge(tmp_path, other, "http://there/v1").compare("p", [ITEM]) == ([-1], 0) and len(other.asked) == 2
+    assert judge(tmp_path, Endpoint(fail_after=0), "http://there/v1").compare("p", [ITEM]) == ([-1], 0)
+    assert judge(tmp_path, Endpoint(fail_after=0)).compare("p", [ITEM]) == ([1], 0)
+
+
+def test_a_record_without_an_endpoint_keeps_its_keys(tmp_path):
+    judge(tmp_path, Endpoint("x")).ask("m", [("A text.", "What?")], 8)
+    (row,) = [json.loads(line) for line in (tmp_path / "record" / "judge.jsonl").read_text().splitlines()]
+    assert row["key"] == hashlib.sha256(json.dumps(["m", row["messages"], 8]).encode()).hexdigest()[:32]
+
+
+def test_a_half_character_in_a_reply_is_replaced(tmp_path):
+    said = judge(tmp_path, Endpoint("a \ud83d bell")).ask("m", [("A text.", "What?")], 8)
+    assert said == ["a ? bell"] == judge(tmp_path, Endpoint(fail_after=0)).ask("m", [("A text.", "What?")], 8)
+
+
 def test_a_line_cut_short_by_a_kill_is_asked_again_and_a_damaged_one_is_named(tmp_path):
     judge(tmp_path, Endpoint("Verdict: 1", "Verdict: 2")).compare("p", [ITEM])
     record = tmp_path / "record" / "judge.jsonl"
@@ -149,4 +169,7 @@ def test_tables_are_decided_by_the_judge_where_one_is_set(tmp_path, base):
     assert [r["by"] for r in table.rows] == ["wise"] * 3
     assert "rival" in table.rows[2]["pair"] and table.rows[2]["likelihood_second"] is None
     assert table.rows[0]["tie"]["value"] == 1
+    assert context.identity(["judge"])["judge"] == {"model": "wise", "rivals": ["rival"]}
+    context.judge = judge(tmp_path, endpoint, "http://there/v1")
+    assert context.identity(["judge"])["judge"] == {"model": "wise", "rivals": ["rival"], "url": "http://there/v1"}
     assert not any("--judge" in n for n in table.notes)

@@ -76,7 +76,7 @@ class Judge:
     """
 
     def __init__(self, model: str, record: str | Path, *, url: str | None = None, client: Any = None):
-        self.model = model
+        self.model, self.url = model, url
         self.record = Path(record)
         self._client = client or connect(url, purpose="judging", extra="judge", instead="give --judge-url")
         self._known = _read(self.record)
@@ -119,13 +119,15 @@ class Judge:
         return made
 
     def _say(self, model: str, messages: list[dict[str, str]], max_tokens: int, about: dict[str, Any]) -> str:
-        """Return the endpoint's reply, from the record where it was asked before."""
-        key = hashlib.sha256(json.dumps([model, messages, max_tokens]).encode()).hexdigest()[:32]
+        """Return the endpoint's reply, from the record where it was asked before: models of one name may differ elsewhere."""
+        where = [self.url] if self.url else []
+        key = hashlib.sha256(json.dumps([model, messages, max_tokens, *where]).encode()).hexdigest()[:32]
         if key not in self._known:
             try:
                 text = reply(self._client, model, messages, max_tokens=max_tokens, temperature=0)[0]
             except ICAEError as error:
                 raise ICAEError(f"{error}; {len(self._known)} replies are kept in {self.record}, run again to go on") from error
+            text = text.encode(errors="replace").decode()  # half characters, as JSON can spell them, cannot be written
             row = {"key": key, "model": model, **about, "messages": messages, "max_tokens": max_tokens, "reply": text}
             try:
                 self.record.parent.mkdir(parents=True, exist_ok=True)

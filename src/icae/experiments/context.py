@@ -178,13 +178,18 @@ class Context:
             "qa": lambda: None if self.qa is None else {"name": self.qa.name, "sha256": self._digest(self.qa)},
             "ablations": self._ablation_hashes,
             "also": lambda: [self._checkpoint(p) for p in self.also],
-            "judge": lambda: None if self.judge is None else {"model": self.judge.model, "rivals": self.rivals},
+            "judge": self._judged_by,
         }
         found = {n: parts[n]() if n in parts else self._checkpoint(self.checkpoints.get(n)) for n in needs}
         polish = "by ratio" if self.polish is None else self.polish  # of slots that are read back or asked
         computed = {"device": self.base.device.type, "dtype": str(self.base.dtype).removeprefix("torch.")}
         base = {"base": self.base.name, "base_fingerprint": self.base.fingerprint}
         return {**base, **computed, "seed": self.seed, "polish": polish, "polish_rates": POLISH_RATES, **found}
+
+    def _judged_by(self) -> dict[str, Any] | None:
+        if self.judge is None:
+            return None
+        return {"model": self.judge.model, "rivals": self.rivals} | ({"url": self.judge.url} if self.judge.url else {})
 
     def _ablation_hashes(self) -> dict[str, Any]:
         folders = sorted(self.ablations.iterdir()) if self.ablations is not None and self.ablations.is_dir() else []
