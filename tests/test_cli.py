@@ -272,6 +272,13 @@ def test_a_mistake_in_the_options_costs_no_file(icae, checkpoint, options, words
     assert Path("said.jsonl").read_text() == "hours" and Path("t.jsonl").read_text() == row
 
 
+def test_another_text_is_found_before_anything_is_read(icae, checkpoint, slots, monkeypatch):
+    monkeypatch.setattr(ICAE, "read_segments", lambda *_: pytest.fail("it was read"))
+    Path("other.txt").write_text("A ship.")
+    code, out, err = icae("reconstruct", slots, "--against", "other.txt", "--model", checkpoint)
+    assert (code, out) == (2, "") and "not the text" in err
+
+
 @pytest.mark.parametrize("source", ["t.txt", "."])
 def test_a_report_is_not_written_over_the_text(icae, source):
     Path("t.txt").write_text(TEXT)

@@ -151,6 +151,12 @@ def reconstruct(
     original = None if against is None else text_of(str(against), literal=False)
     loaded = MemorySlots.load(slots)  # a bad file is named before a model is loaded
     icae = load_model(model, base, device, base_dtype)
+    icae.check(loaded)
+    truth = [] if original is None else icae.base.encode(original)
+    if original is not None:
+        from icae.evaluate import check_original
+
+        check_original(loaded, truth)  # before it is read
     refines = icae.refines(refine)
     if original is None and not as_json and not refines:
         print_pieces(icae.stream_reconstruction(loaded))
@@ -169,7 +175,6 @@ def reconstruct(
         from icae.evaluate import score_reconstruction
         from icae.metrics import bleu, exact_match
 
-        truth = icae.base.encode(original)
         loss, accuracy = score_reconstruction(icae, loaded, truth)
         results |= {
             "loss": loss,

@@ -94,10 +94,15 @@ def _likeness(model: ICAE, made: Sequence[list[int]], contexts: Sequence[list[in
     }
 
 
-def score_reconstruction(model: ICAE, slots: MemorySlots, context: Sequence[int]) -> tuple[float, float]:
-    """Return (mean cross-entropy in nats, token accuracy) of a context under teacher forcing, each segment from its own slots."""
+def check_original(slots: MemorySlots, context: Sequence[int]) -> None:
+    """Raise `ICAEError` where slots cannot have been made from a context: it has not as many tokens as they stand for."""
     if slots.tokens != len(context):
         raise ICAEError(f"the slots stand for {slots.tokens} tokens, the text has {len(context)}; it is not the text they were made from")
+
+
+def score_reconstruction(model: ICAE, slots: MemorySlots, context: Sequence[int]) -> tuple[float, float]:
+    """Return (mean cross-entropy in nats, token accuracy) of a context under teacher forcing, each segment from its own slots."""
+    check_original(slots, context)
     parts, begin = slots.split(), 0
     examples = []
     for part in parts:
