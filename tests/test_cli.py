@@ -272,6 +272,16 @@ def test_a_mistake_in_the_options_costs_no_file(icae, checkpoint, options, words
     assert Path("said.jsonl").read_text() == "hours" and Path("t.jsonl").read_text() == row
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_the_terminal_cannot_show_is_escaped_and_json_stays_json(monkeypatch, encoding):
+    said = "größer \u6f22 \U0001f600 \ud83d"
+    monkeypatch.setattr(cli, "app", lambda: print(json.dumps(said, ensure_ascii=False)))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written := io.BytesIO(), encoding=encoding))
+    cli.main()
+    sys.stdout.flush()
+    assert json.loads(written.getvalue().decode(encoding)) == said
+
+
 def test_another_text_is_found_before_anything_is_read(icae, checkpoint, slots, monkeypatch):
     monkeypatch.setattr(ICAE, "read_segments", lambda *_: pytest.fail("it was read"))
     Path("other.txt").write_text("A ship.")

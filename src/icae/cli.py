@@ -26,6 +26,7 @@ from icae.terminal import (
     Refine,
     SamplingSeed,
     Temperature,
+    escape_what_cannot_be_written,
     lent,
     load_model,
     print_pieces,
@@ -259,6 +260,7 @@ app.add_typer(evaluate_cli.app, name="evaluate")
 def main() -> None:
     """Run the command line; what a user can mend ends in one line on standard error and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    escape_what_cannot_be_written()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     try:
         with lent:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
 import re
@@ -168,6 +170,20 @@ def sampling_of(temperature: float, seed: int) -> Sampling:
     from icae.reader import Sampling
 
     return Sampling(temperature=temperature, seed=seed if temperature else None)
+
+
+def escape_what_cannot_be_written() -> None:
+    """Have characters that the terminal's encoding lacks, and half ones, written as JSON spells them, so that no answer breaks off."""
+    codecs.register_error("icae.escape", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="icae.escape")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)), error.end
 
 
 def print_results(results: Any, as_json: bool, plain: Callable[[], None]) -> None:
