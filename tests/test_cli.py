@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -312,6 +313,26 @@ def test_demo_runs_on_any_file_and_prints_for_people(icae, checkpoint, text):
     result = json.loads(out)
     assert {"compress", "reconstruct", "continue", "ask"} <= result.keys()
     assert all(result[step]["seconds"] > 0 and result[step]["memory_mb"] > 0 for step in ("compress", "reconstruct", "continue"))
+
+
+def test_of_a_book_its_beginning_is_set_side_by_side():
+    from icae.demo import SAMPLE, marked
+
+    assert sum(word == "bell" for left, _ in marked("bell " * 3000, "bell " * 3000) for word, _ in left) == 2000
+    text = SAMPLE.read_text(encoding="utf-8").strip()
+    rows = marked(text, text.replace("bell", "bull"))
+    assert len(rows) == len(text.split("\n\n")) and ("bell", "red") in [piece for left, _ in rows for piece in left]
+    assert "\n\n".join("".join(piece for piece, _ in left) for left, _ in rows) == text
+
+
+def test_peak_memory_is_told_where_there_is_no_resource_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delitem(sys.modules, "icae.demo", raising=False)
+    from icae import demo
+
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3e6)))
+    monkeypatch.setattr("sys.platform", "win32")
+    assert demo.peak_memory_mb() == 3
 
 
 def test_info_tells_about_slots_checkpoints_and_itself(icae, checkpoint, slots):

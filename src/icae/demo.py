@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,8 @@ QUESTIONS = ["Where is the steel pick kept?", "When does the small bell ring?"]
 GENERAL_QUESTIONS = ["What is this text about?", "Give this text a title."]
 ANSWER_TOKENS = 48
 CONTINUATION_TOKENS = 48
+_SHOWN = 4000
+"""Words, and spaces between them, that are set side by side: what that takes grows with their square."""
 
 
 def run(
@@ -121,6 +122,8 @@ def show(results: dict[str, Any]) -> None:
     for left, right in marked(back["original"], back["text"]):
         beside.add_row(Text.assemble(*left), Text.assemble(*right))
     console.print(beside)
+    if len(_pieces(back["original"])) > _SHOWN:
+        console.print(f"the first {_SHOWN // 2} words; --json has all of them")
     console.print(
         f"as the decoder reads it: BLEU {back['greedy_bleu']:.1f}, loss {back['loss']:.3f}, token accuracy {back['token_accuracy']:.3f}, "
         f"{_cost(back)}"
@@ -140,11 +143,11 @@ def show(results: dict[str, Any]) -> None:
 
 
 def marked(original: str, again: str) -> list[tuple[list[tuple[str, str]], list[tuple[str, str]]]]:
-    """Set two texts side by side, paragraph by paragraph of the original, as (piece, style) lists.
+    """Set the beginnings of two texts side by side, paragraph by paragraph of the original, as (piece, style) lists.
 
     What the text read back lacks is red in the original; what it has instead, or too much, is yellow in its own column.
     """
-    mine, theirs = re.findall(r"\S+|\s+", original), re.findall(r"\S+|\s+", again)
+    mine, theirs = _pieces(original)[:_SHOWN], _pieces(again)[:_SHOWN]
     rows: list[tuple[list, list]] = [([], [])]
     for tag, a, b, c, d in difflib.SequenceMatcher(None, mine, theirs, autojunk=False).get_opcodes():
         if tag != "equal":
@@ -158,6 +161,10 @@ def marked(original: str, again: str) -> list[tuple[list[tuple[str, str]], list[
                 rows[-1][0].append((word, ""))
                 rows[-1][1].append((word, ""))
     return rows
+
+
+def _pieces(text: str) -> list[str]:
+    return re.findall(r"\S+|\s+", text)
 
 
 def _tried(step: Callable[[], str]) -> str:
@@ -176,6 +183,12 @@ def _timed(step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def peak_memory_mb() -> float:
     """Return the process's peak memory so far, in MB (10^6 bytes)."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 

@@ -187,7 +187,7 @@ def _give_back() -> None:
     """Have the C library give memory that is free already back to the system (glibc), so that a turn does not live on the last one's."""
     import ctypes
 
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # other systems have no such library, or none without a name
         ctypes.CDLL(None).malloc_trim(0)
 
 
