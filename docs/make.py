@@ -42,6 +42,10 @@ def cli_page() -> str:
     return "\n".join(lines)
 
 
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     if hasattr(command, "commands"):
         for name, child in sorted(command.commands.items()):
@@ -98,7 +102,7 @@ def settings_page() -> str:
 
 def results_table(checkpoint: str | None = None) -> str:
     """Return measured results, of one adapter or of all: a table a kind of evaluation, each row with its commit."""
-    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob("*.json"))]
+    reports = [_json(p) for p in sorted((ROOT / "results").glob("*.json"))]
     reports = [r for r in reports if "checkpoint" in r and checkpoint in (None, r["checkpoint"])]
     tables = [
         (
@@ -128,9 +132,9 @@ def _commit(report: dict[str, Any]) -> str:
     folder = ROOT / "src/icae/adapters" / report["checkpoint"]
     if not folder.exists():
         return report["commit"]
-    if json.loads((folder / "trainer_state.json").read_text())["adapter"] != report["adapter"]:
+    if _json(folder / "trainer_state.json")["adapter"] != report["adapter"]:
         return f"{report['commit']} (of an adapter before)"
-    kind = json.loads((folder / "config.json").read_text())["kind"]
+    kind = _json(folder / "config.json")["kind"]
     same = kind == "embedding" or report.get("polish_rates") == POLISH_RATES
     return report["commit"] if same else f"{report['commit']} (polished at other rates)"
 
@@ -157,6 +161,8 @@ def _continuation(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any
 
 
 def _qa(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
+    if "f1_slots" not in x:
+        return
     low, high = x["f1_slots_interval"]
     text, nothing = (f"{x[key]:.3f}" if key in x else "" for key in ("f1_text", "f1_none"))
     yield [about.get("polish", 0), text, f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", nothing, x["n"]]
@@ -164,14 +170,13 @@ def _qa(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
 
 def answers_table() -> str:
     """Return what each adapter answers beside its rivals, a row a reader: full text, shortened text, nothing, documents, places."""
-    reports = [json.loads(p.read_text()) for p in sorted((ROOT / "results").glob("qa*.json"))]
+    reports = [_json(p) for p in sorted((ROOT / "results").glob("qa*.json"))]
     reports = [r for r in reports if "results" in r]  # `icae reproduce qa` leaves a table of that name
     bounds = [r for r in reports if r.get("name") == "qa-full-text"]
     lines: list[str] = []
-    for report in (r for r in reports if r.get("name") == "qa"):
+    for report in (r for r in reports if r.get("name") == "qa" and "f1_slots" in r["results"]):
         x, about = report["results"], report["settings"]
-        asked = (about["data"], x["n"], about.get("seed"))
-        same = [b for b in bounds if (b["settings"]["data"], b["results"]["n"], b["settings"]["seed"]) == asked]
+        same = [b for b in bounds if _same_questions(b, report)]
         lines += [
             f"{report['checkpoint']}, {x['n']} questions of {about['data']} (token F1 and ROUGE-1, best over the answers; 95% intervals):",
             "",
@@ -202,6 +207,13 @@ def answers_table() -> str:
                     worst = f"worst {x[f'worst_over_best_{side}']:.1%} of best; {_commit(report)}"
                     lines += [f"{report['checkpoint']}, {x['n']} questions, {x['length']} tokens, from {side}: F1 {places} ({worst}).", ""]
     return "\n".join(lines) or "Not measured yet.\n"
+
+
+def _same_questions(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Tell whether two reports are about the same questions: by what was in the data where both say it, else by the file's name."""
+    key = "data_sha256" if all("data_sha256" in r["settings"] for r in (a, b)) else "data"
+    one, other = ((r["settings"][key], r["settings"].get("seed"), r["results"]["n"]) for r in (a, b))
+    return one == other
 
 
 _BOUND = "the full text, by the base fine-tuned on it"
@@ -254,19 +266,22 @@ def serving_table() -> str:
     file = ROOT / "results" / "serving.json"
     if not file.exists():
         return "Not measured yet.\n"
-    report = json.loads(file.read_text())
+    report = _json(file)
     shipped = set(_shipped().values())
     lines = ["| measure | asked | measured | commit |", "|---|---|---|---|"]
-    for part in report["results"].values():
+    measured: dict[str, list[str]] = {}
+    for name, part in report["results"].items():
+        measured.setdefault("; ".join(part.get(key, report[key]) for key in ("checkpoint", "machine")), []).append(name)
         note = "" if part.get("adapter") in shipped else " (of an adapter before)"
         lines += [f"| {m['what']} | {m['asked']} | {m['shown']} | {part['commit']}{note} |" for m in part["measures"]]
-    return "\n".join([*lines, "", f"{report['checkpoint']}; {report['machine']}.", ""])
+    told = [f"{', '.join(names)}: {about}." if len(measured) > 1 else f"{about}." for about, names in measured.items()]
+    return "\n".join([*lines, "", *told, ""])
 
 
 def card(folder: Path) -> str:
     """Return the model card of a shipped adapter."""
-    about = json.loads((folder / "config.json").read_text())
-    steps = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    about = _json(folder / "config.json")
+    steps = _json(folder / "trainer_state.json")["global_step"]
     return f"""---
 library_name: icae
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -293,7 +308,7 @@ documents and sources of installed Python packages.
 
 def _training(folder: Path, steps: int) -> str:
     """Return how an adapter was trained, as its own train_config.json tells."""
-    settings = json.loads((folder / "train_config.json").read_text())
+    settings = _json(folder / "train_config.json")
     config = f"configs/{Path(settings['output']).name}.yaml"
     before = ", after the stages that this config names" if settings["init"] else ""
     if settings["objective"] == "instruct":

@@ -525,6 +525,31 @@ def test_a_sentence_follows_its_table():
     assert "no perplexity at all" in paper.verdict(table([10.0], [9.0])) and "0 of 1" in paper.verdict(table([10.0], [60.0]))
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("fig4", {"length": 64, "bleu": 90.0, "loss": 0.01, "exact": 0.9}),
+        ("fig5", {"length": 64, "ratio": 4, "bleu": 90.0}),
+        ("fig6", {"side": "slots", "segments": 1, "length": 64, "read": 16, "perplexity": 9.0}),
+    ],
+)
+def test_of_one_row_no_trend_is_told(name, row):
+    more = {**row, "length": 128, "ratio": 8, "segments": 2, "bleu": 80.0, "exact": 0.5, "perplexity": 8.0}
+    if name == "fig5":
+        more["length"] = row["length"]
+    assert "paper" in paper.verdict(Table(name, [], [row, more]))
+    said = paper.verdict(Table(name, [], [row]))
+    assert "paper" not in said and "help" not in said and said.endswith(".") and "9" in said
+
+
+def test_the_c_library_is_asked_for_memory_only_where_there_is_one(monkeypatch):
+    def nameless(name):
+        raise TypeError("expected str, not NoneType")  # as on Windows
+
+    monkeypatch.setattr("ctypes.CDLL", nameless)
+    table7._give_back()
+
+
 def test_figures_and_tables_know_no_model():
     for file in ("figures.py", "experiments/table.py", "experiments/paper.py"):
         tree = ast.parse((Path(icae.__file__).parent / file).read_text())

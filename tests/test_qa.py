@@ -241,3 +241,36 @@ def test_the_made_table_shows_what_the_evaluations_return(base, tmp_path, monkey
     table = make.answers_table()
     assert table.count("| c0ffee |") == 6 and f"| {figures['qa']['f1_slots'] / 0.5:.1%} |" in table
     assert f"{figures['qa-documents']['several_over_one']:.1%}" in table and "at the middle" in table
+
+
+def test_the_made_table_passes_over_reports_without_slots_and_bounds_of_other_questions(tmp_path, monkeypatch):
+    make = load_script("docs/make.py")
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    about = {"data": "d.jsonl", "samples": None, "seed": 0}
+    figures = {f"{figure}_{side}": 0.5 for figure in ("f1", "rouge1") for side in ("slots", "text")}
+    figures |= {"n": 3, "f1_slots_interval": [0.4, 0.6], "f1_text_interval": [0.4, 0.6]}
+
+    def write(name, kind, results, **settings):
+        report = {"name": kind, "checkpoint": "c", "settings": about | settings, "results": results, "commit": "c0ffee"}
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(report))
+
+    write("qa-none", "qa", {"n": 3, "f1_none": 0.1, "rouge1_none": 0.1, "f1_none_interval": [0.0, 0.2]})
+    assert make.answers_table() == "Not measured yet.\n" and make.results_table() == ""
+    for mine, others, alike in ((None, None, True), ("a", None, True), ("a", "a", True), ("a", "b", False)):
+        write("qa", "qa", figures, **({"data_sha256": mine} if mine else {}))
+        write("qa-bound", "qa-full-text", figures, **({"data_sha256": others} if others else {}))
+        assert ("by the base fine-tuned on it" in make.answers_table()) == alike
+
+
+def test_the_made_table_of_serving_tells_where_each_part_was_measured_if_they_differ(tmp_path, monkeypatch):
+    make = load_script("docs/make.py")
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    part = {"measures": [], "commit": "c0ffee"}
+    report = {"checkpoint": "kv", "machine": "2 cores", "results": {"load": part, "soak": part}}
+    (tmp_path / "results" / "serving.json").write_text(json.dumps(report))
+    assert make.serving_table().endswith("\n\nkv; 2 cores.\n")
+    report["results"]["soak"] = part | {"checkpoint": "größer", "machine": "1 core"}
+    (tmp_path / "results" / "serving.json").write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+    assert make.serving_table().endswith("\n\nload: kv; 2 cores.\nsoak: größer; 1 core.\n")
