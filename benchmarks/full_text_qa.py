@@ -39,7 +39,7 @@ from icae.report import commit, machine
 from icae.train import make_data, starting_config
 from icae.train_cli import read_settings
 from icae.tree_loss import plain_loss
-from icae.triples import load_triples
+from icae.triples import digest, load_triples
 
 ABOUT = "full_text.json"
 
@@ -138,7 +138,8 @@ def evaluate(
     if base.fingerprint != about["fingerprint"]:
         raise ICAEError(f"{folder} was trained on another base than {base.name!r}")
     reader = ICAE(base.tuned(folder), ICAEConfig(kind="embedding", lora_rank=1)).eval()
-    triples = drawn(load_triples(data), samples, seed)
+    every = load_triples(data, base)
+    triples = drawn(every, samples, seed)
 
     def progress(done: int, total: int) -> None:
         print(f"{done} of {total}", end="\r", file=sys.stderr)
@@ -150,6 +151,7 @@ def evaluate(
         "checkpoint": folder.name,
         "settings": {
             "data": Path(data).name,
+            "data_sha256": digest(every),
             "samples": samples,
             "seed": seed,
             "max_new_tokens": max_tokens,

@@ -13,6 +13,7 @@ from icae.errors import ICAEError
 from icae.model import ICAE
 from icae.objectives import Marker, collate
 from icae.train import build, make_data, starting_config, train
+from icae.triples import digest, load_triples
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ def test_the_bound_learns_with_the_full_text_and_is_scored_by_the_same_evaluatio
     assert report == json.loads((tmp_path / "r" / "full.json").read_text()) | {"results": report["results"]}
     assert {"n", "f1_text", "f1_text_interval", "rouge1_text", "f1_none"} <= report["results"].keys() and report["results"]["n"] == 3
     assert load_base(base.name).fingerprint == base.fingerprint
+    # the same questions as `icae evaluate qa` reads, and as it names them
+    assert report["settings"]["data_sha256"] == digest(load_triples(str(tmp_path / "t.jsonl"), base))
 
 
 def test_the_bound_learns_from_questions_alone(bench, config, base, monkeypatch):

@@ -223,7 +223,8 @@ def _evaluate(function: Callable[..., Any], text: str, loading: dict[str, Any], 
     if save is not None:
         from icae.report import write_report
 
-        about: dict[str, Any] = {"text": "/".join(Path(text).parts[-2:]), "text_sha256": _sha256(corpus.ids.tobytes())}
+        read = hashlib.sha256(corpus.ids.tobytes()).hexdigest()[:12]
+        about: dict[str, Any] = {"text": "/".join(Path(text).parts[-2:]), "text_sha256": read}
         about |= {"polish": icae.origin_at(settings["ratio"]).polish, **settings}
         write_report(save, function.__name__, _checkpoint_name(loading["model"]), icae, about, results)
     return results
@@ -243,7 +244,7 @@ def _evaluate_qa(
 ) -> None:
     """Load model and triples, ask with a progress bar, print the figures, and keep them where asked to."""
     from icae.qa import drawn
-    from icae.triples import load_triples
+    from icae.triples import digest, load_triples
 
     check_ratio(settings["ratio"])
     if samples is not None and samples < 1:
@@ -265,7 +266,7 @@ def _evaluate_qa(
 
         asked = {"polish": icae.origin_at(settings["ratio"]).polish}
         asked |= {name: getattr(icae.config, name) for name in ("focus", "grounding", "beginnings")}
-        about: dict[str, Any] = {"data": Path(data).name, "data_sha256": _sha256("\n".join(map(repr, every)).encode())}
+        about: dict[str, Any] = {"data": Path(data).name, "data_sha256": digest(every)}
         about |= {"samples": samples, "seed": seed, **asked, **settings}
         write_report(save, name, _checkpoint_name(loading["model"]), icae, about, results)
 
@@ -304,11 +305,6 @@ def _lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _sha256(data: bytes) -> str:
-    """Return a short hash of what was read: a folder of the same name may hold other texts elsewhere."""
-    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _checkpoint_name(model: str | None) -> str:

@@ -9,6 +9,7 @@ Bad rows are named, counted and left out. Sample i is a function of settings, se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import math
@@ -82,6 +83,11 @@ def load_triples(source: str, base: Base | None = None, *, least: int = 2, most:
         counts = f"{len(found.good)} triples, {len(found.bad)} bad ones skipped{long}"
         print(f"{source}: {counts}", file=sys.stderr)
     return found.good
+
+
+def digest(triples: Sequence[Triple]) -> str:
+    """Return a short hash of triples: a file of the same name may hold others elsewhere."""
+    return hashlib.sha256("\n".join(map(repr, triples)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
