@@ -37,7 +37,7 @@ from icae.experiments.context import checkpoint_hash
 from icae.metrics import bleu, interval
 from icae.packed import packed_linear
 from icae.reader import GREEDY
-from icae.report import commit, write_report
+from icae.report import commit, machine, write_report
 from icae.server.batch import Batch
 from icae.server.prefix import Prefixes, prefill
 from icae.stepwise import finished
@@ -251,6 +251,12 @@ def _bytes(layer: Any) -> int:
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = dict(zip(ORDER, (throughput, latency, memory, load, soaking, int8), strict=True))
 
 
+def _kept(out: Path) -> dict[str, Any]:
+    """Return the parts of a report, each with what its header says: that of the next one is its last part's."""
+    report = json.loads(out.read_text(encoding="utf-8"))
+    return {name: {key: report[key] for key in ("checkpoint", "machine")} | part for name, part in report["results"].items()}
+
+
 def main() -> int:
     """Run the parts, print the table and write the report; exits with 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -271,7 +277,7 @@ def main() -> int:
     out = given.out or (None if given.quick else Path("results/serving.json"))
     wanted = [name for name in ORDER if name in (given.parts or ORDER)]
     jobs = [(name, given.model) for name in wanted] + [("latency", given.embedding)] * bool(given.embedding and "latency" in wanted)
-    results = json.loads(out.read_text())["results"] if out is not None and out.exists() else {}
+    results = _kept(out) if out is not None and out.exists() else {}
     good = True
     for part, checkpoint in jobs:
         print(f"{part} ...", file=sys.stderr, flush=True)
@@ -280,18 +286,21 @@ def main() -> int:
             found = PARTS[part](bench)
         name = part if checkpoint == given.model else f"{part}, {bench.model.config.kind}"
         text = Path(given.text).name if given.text else "the bundled sample"
+        about = "smollm2-135m-kv-4x" if checkpoint is None else Path(checkpoint).name
         results[name] = {
             **found,
             "size": asdict(size),
             "text": text,
             "commit": commit(),
+            "checkpoint": about,
             "adapter": checkpoint_hash(find_checkpoint(checkpoint)),
+            "machine": machine(),
         }
         for m in found["measures"]:
             print(f"{'' if m['enough'] else 'MISSED  '}{m['what']}: {m['shown']}  [asked: {m['asked']}]", flush=True)
             good = good and m["enough"]
         if out is not None:
-            write_report(out, "serving", "smollm2-135m-kv-4x" if checkpoint is None else Path(checkpoint).name, bench.model, {}, results)
+            write_report(out, "serving", about, bench.model, {}, results)
     return 0 if good else 1
 
 

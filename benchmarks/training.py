@@ -18,8 +18,10 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,21 @@ def work(side: str, rank: int, threads: int, options: argparse.Namespace, meetin
             answer()
 
 
+def hear(pipes: list) -> list[Any]:
+    """Return what each process answers; where one is gone, for which others may wait, the run ends."""
+    answers: dict[Any, Any] = {}
+    while len(answers) < len(pipes):
+        for pipe in wait([p for p in pipes if p not in answers]):
+            try:
+                answers[pipe] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                sys.exit("a process ended before it answered; what it said stands above")
+    return [answers[pipe] for pipe in pipes]
+
+
 def main() -> None:
+    from icae.checkpoint import find_checkpoint, read_config
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--text", default="src/icae/samples", help="Folder of .txt or a file to take windows from.")
     parser.add_argument("--length", type=int, default=128, help="Context tokens of a sample, one segment.")
@@ -89,6 +105,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="Processes of the third side.")
     parser.add_argument("--out", help="JSON file for the results.")
     options = parser.parse_args()
+    if options.length > (segment := read_config(find_checkpoint(None)).segment_length):
+        parser.error(f"--length is of one segment, {segment} tokens at most")
     os.environ["OMP_WAIT_POLICY"] = "passive"
     context = multiprocessing.get_context("spawn")
     workers: dict[str, list] = {}
@@ -100,16 +118,16 @@ def main() -> None:
             for rank in range(count):
                 here, there = context.Pipe()
                 context.Process(target=work, args=(side, rank, threads, options, f"{folder}/{side}", there), daemon=True).start()
+                there.close()  # the process's alone, so that its end is heard
                 workers[side].append(here)
-            for pipe in workers[side]:
-                pipe.recv()
+            hear(workers[side])
         taken: dict[str, list[float]] = {side: [] for side in SIDES}
         losses: dict[str, list[float]] = {side: [] for side in SIDES}
         for number in range(options.rounds):
             for side in SIDES:
                 for pipe in workers[side]:
                     pipe.send(number)
-                answers = [pipe.recv() for pipe in workers[side]]
+                answers = hear(workers[side])
                 taken[side].append(max(seconds for seconds, _ in answers))
                 losses[side].append(answers[0][1])
         for pipe in [p for pipes in workers.values() for p in pipes]:
