@@ -91,7 +91,8 @@ def _single_threads() -> Iterator[None]:
 def _open(begin: Callable[[], Any]) -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else an interrupt is one task's result, and the next task begins
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background of a shell
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else an interrupt is one task's result, and the next task begins
     torch.set_num_threads(1)
     own.append(begin())
 
