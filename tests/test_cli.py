@@ -446,7 +446,7 @@ def test_every_config_trains(icae, base_folder, config, tmp_path):
     data = tmp_path / "t.jsonl" if tunes else tmp_path
     small = ["steps=1", "batch_size=2", "eval_steps=1", "save_steps=1", "eval_samples=2", "windows=[[0, 8]]", f"model.base={base_folder}"]
     small += ["model.lora_rank=2", "init=null", f"train={data}", f"held_out={data}", "output=run"]
-    small += ["minutes=null", "device=cpu", "bf16=false", "workers=0"]
+    small += ["minutes=null", "device=cpu", "bf16=false", "compile=false", "workers=0"]
     small += [f"replay={tmp_path}", "teacher=null"] if tunes else []
     code, _, err = icae("finetune" if tunes else "pretrain", ROOT / "configs" / config, *small)
     assert code == 0, err
