@@ -165,7 +165,8 @@ def _qa(x: dict[str, Any], about: dict[str, Any]) -> Iterator[list[Any]]:
         return
     low, high = x["f1_slots_interval"]
     text, nothing = (f"{x[key]:.3f}" if key in x else "" for key in ("f1_text", "f1_none"))
-    yield [about.get("polish", 0), text, f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", nothing, x["n"]]
+    questions = f"{x['n']} of {about['data'].partition('.')[0]}"
+    yield [about.get("polish", 0), text, f"{x['f1_slots']:.3f} ({low:.3f} to {high:.3f})", nothing, questions]
 
 
 def answers_table() -> str:
