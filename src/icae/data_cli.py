@@ -11,7 +11,7 @@ import typer
 from icae.atomic import check_apart
 from icae.config import TrainConfig
 from icae.errors import ICAEError
-from icae.terminal import Json, print_results, progress
+from icae.terminal import BaseDtype, Json, print_results, progress
 
 if TYPE_CHECKING:
     from icae.pwc.teachers import Teacher
@@ -49,6 +49,7 @@ def build(
     seed: Annotated[int, typer.Option(min=0, help="Decides which passages are drawn.")] = 0,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM of teacher base.", show_default="the embedded one")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda or mps.")] = "cpu",
+    base_dtype: BaseDtype = "float32",
     as_json: Json = False,
 ) -> None:
     """Write triples about passages of any text; a run that stopped goes on where it was, and pays for nothing twice."""
@@ -83,7 +84,7 @@ def build(
     drawn = chosen(found if Path(source).exists() else islice(found, 20 * texts), texts, seed)
     if not drawn:
         raise ICAEError(f"{source} holds no passage of {least} to {most} characters; try other --least and --most")
-    asked = _teacher(teacher, url, prompts, wanted, answer_tokens, temperature, together, seed, base, device)
+    asked = _teacher(teacher, url, prompts, wanted, answer_tokens, temperature, together, seed, base, device, base_dtype)
     with progress("asking", "passages") as tick, packed_linear():
         budget = Budget(max_requests, max_tokens, minutes)
         counts = build_triples(drawn, out, asked, budget, test_share=test_share, progress=tick)
@@ -158,6 +159,7 @@ def _teacher(
     seed: int,
     base: str | None,
     device: str,
+    base_dtype: str,
 ) -> Teacher:
     from icae.pwc.teachers import BaseTeacher, EndpointTeacher
 
@@ -169,7 +171,7 @@ def _teacher(
         raise ICAEError("--url belongs to a model behind an endpoint: --teacher NAME")
     from icae.base import EMBEDDED, load_base
 
-    loaded = load_base(base or EMBEDDED, device=device)
+    loaded = load_base(base or EMBEDDED, device=device, dtype=base_dtype)
     return BaseTeacher(
         loaded,
         prompts=prompts,
