@@ -91,7 +91,8 @@ def test_the_bound_teaches_slots_to_answer(bench, config, base, tmp_path):
 
 def test_before_training_its_loss_is_the_bases_own(bench, base):
     from icae.config import ICAEConfig
-    from icae.triples import Pool, Triple, Triples
+    from icae.instructions import Pool, Triples
+    from icae.triples import Triple
 
     config = ICAEConfig(lora_rank=2, segment_length=16)
     triples = [Triple(line, "What?", line.split()[1], ()) for line in LINES]

@@ -10,6 +10,7 @@ HOME = Path(icae.__file__).parent
 LEVELS = {
     "errors": 0,
     "atomic": 1,
+    "journal": 1,
     "config": 1,
     "segments": 1,
     "fused": 0,
@@ -42,10 +43,13 @@ LEVELS = {
     "checkpoint": 10,
     "data": 10,
     "triples": 11,
+    "instructions": 12,
+    "room": 10,
     "callbacks": 2,
     "loop": 5,
-    "train": 12,
+    "train": 13,
     "qa": 12,
+    "several": 13,
 }
 """The core, from left to right: each room imports only rooms of a lower number, and nothing outside the core."""
 LATE = {("model", "checkpoint")}

@@ -12,7 +12,8 @@ from icae.chat import full_text
 from icae.errors import ICAEError
 from icae.metrics import token_f1
 from icae.model import ICAE
-from icae.qa import PLACES, SIDES, documents, drawn, places, qa
+from icae.qa import SIDES, drawn, qa
+from icae.several import PLACES, documents, places
 from icae.shares import processes, qa_side_by_side
 from icae.slots import MemorySlots
 from icae.triples import Triple

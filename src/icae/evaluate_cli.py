@@ -167,7 +167,7 @@ def evaluate_qa_documents(
     as_json: Json = False,
 ) -> None:
     """F1 of responses from one document's slots, and from several documents' slots, each made alone."""
-    from icae.qa import documents as ask_documents
+    from icae.several import documents as ask_documents
 
     settings = {"count": documents, "ratio": ratio, "max_new_tokens": max_tokens}
     own = {"polish": polish, "focus": focus, "grounding": grounding, "beginnings": beginnings}
@@ -198,7 +198,7 @@ def evaluate_qa_places(
     as_json: Json = False,
 ) -> None:
     """F1 of responses from a long context, with the paragraph that answers at the start, in the middle, and at the end."""
-    from icae.qa import places
+    from icae.several import places
 
     wanted = [side.strip() for side in sides.split(",")]
     settings = {"length": length, "whole": whole, "sides": wanted, "ratio": ratio, "max_new_tokens": max_tokens}

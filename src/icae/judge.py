@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from icae import journal
 from icae.chat import full_text
 from icae.endpoint import connect, reply
 from icae.errors import ICAEError
@@ -79,7 +79,7 @@ class Judge:
         self.model, self.url = model, url
         self.record = Path(record)
         self._client = client or connect(url, purpose="judging", extra="judge", instead="give --judge-url")
-        self._known = _read(self.record)
+        self._known = dict(journal.read(self.record, lambda row: (row["key"], str(row["reply"])), "reply of a judge"))
 
     def compare(self, name: str, items: Sequence[Item], progress: Callable[[int, int], None] = lambda *_: None) -> tuple[list[int], int]:
         """Judge each pair in both orders.
@@ -129,12 +129,7 @@ class Judge:
                 raise ICAEError(f"{error}; {len(self._known)} replies are kept in {self.record}, run again to go on") from error
             text = text.encode(errors="replace").decode()  # half characters, as JSON can spell them, cannot be written
             row = {"key": key, "model": model, **about, "messages": messages, "max_tokens": max_tokens, "reply": text}
-            try:
-                self.record.parent.mkdir(parents=True, exist_ok=True)
-                with self.record.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            except OSError as error:
-                raise ICAEError(f"could not write the record {self.record}: {error.strerror}") from error
+            journal.append(self.record, row)
             self._known[key] = text
         return self._known[key]
 
@@ -155,26 +150,3 @@ def agreement(plain: int | None, swapped: int | None) -> int:
 def _message(item: Item, swapped: bool) -> dict[str, str]:
     first, second = (item.second, item.first) if swapped else (item.first, item.second)
     return {"role": "user", "content": PROMPT.format(context=item.context, prompt=item.prompt, first=first, second=second)}
-
-
-def _read(record: Path) -> dict[str, str]:
-    """Return the replies of a record by key; a last line that a kill cut short is taken off the file."""
-    if not record.exists():
-        return {}
-    try:
-        lines = record.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ICAEError(f"could not read the record {record}: {error}") from error
-    known = {}
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            row = json.loads(line)
-            known[row["key"]] = str(row["reply"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ICAEError(f"{record}, line {number}: no reply of a judge; mend or delete that line") from error
-    if lines[-1]:
-        try:
-            os.truncate(record, sum(len(line) + 1 for line in lines[:-1]))
-        except OSError as error:
-            raise ICAEError(f"could not write the record {record}: {error.strerror}") from error
-    return known

@@ -19,11 +19,11 @@ from icae.data import HeldOut, Windows, load_texts
 from icae.decoder import Decoder
 from icae.errors import ICAEError
 from icae.fused import fuse_norms
+from icae.instructions import Triples, load_pools
 from icae.lean import LeanLlama
 from icae.loop import make_arguments, run
 from icae.model import ICAE
 from icae.reader import Reader
-from icae.triples import Triples, load_pools
 
 
 def train(train: TrainConfig, model_config: ICAEConfig, *, resume: bool = True, quiet: bool = False) -> Path:

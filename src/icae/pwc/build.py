@@ -10,7 +10,6 @@ A run that stopped, or failed, or met its budget goes on where it was: no text i
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from icae import journal
 from icae.atomic import make_room, write_together
 from icae.errors import ICAEError
 from icae.pwc.filters import refusal
@@ -113,22 +113,8 @@ class Ledger:
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        try:
-            lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        except OSError as error:
-            raise ICAEError(f"could not read {path}: {error.strerror}") from error
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                row = json.loads(line)
-                self.rows.append({name: row[name] for name in ("teacher", "text", "said", "tokens", "raw")})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ICAEError(f"{path}, line {number}: no reply of a teacher; mend or delete that line") from error
-        if lines[-1]:
-            try:
-                os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
-            except OSError as error:
-                raise ICAEError(f"could not write {path}: {error.strerror}") from error
+        names = ("teacher", "text", "said", "tokens", "raw")
+        self.rows = journal.read(path, lambda row: {name: row[name] for name in names}, "reply of a teacher")
         self._known = {(row["teacher"], digest(row["text"])) for row in self.rows}
 
     @property
@@ -148,13 +134,7 @@ class Ledger:
     def add(self, teacher: str, text: str, reply: Reply) -> None:
         """Write a reply to the disk, at once."""
         row = {"teacher": teacher, "text": text, **asdict(reply)}
-        try:
-            with self.path.open("ab") as file:
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise ICAEError(f"could not write {self.path}: {error.strerror}") from error
+        journal.append(self.path, row)
         self.rows.append(row)
         self._known.add((teacher, digest(text)))
 
