@@ -4,7 +4,8 @@
 
 Whoever learns from short answers answers shortly. A question's kind is its first word (who, when, ...), an answer's length that in words;
 all answers of more than eight words are one length, and a share of 0.18. People's own questions about the same contexts are written beside
-them, so that one file has all that is asked of a context.
+them, so that one file has all that is asked of a context. `--seed` draws others; `--without FILE` leaves out what FILE asks already, for a
+further round of learning.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import bisect
 import json
 import random
-import sys
 from collections import Counter
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from icae.atomic import write_atomically
+from icae.errors import ICAEError
 from icae.triples import Triple, load_triples
 
 KINDS = ("who", "when", "what", "where", "how", "which", "why")
@@ -53,20 +57,30 @@ def matched(many: list[Triple], people: list[Triple], count: int, chance: random
     return [t for t in many if chance.random() < high * shares.get(cell(t), 0.0) / there[cell(t)]]
 
 
-def main(questions: str, people: str, out: str, count: str) -> None:
-    """Write them, and people's own about the same contexts."""
-    chance = random.Random(11)
+def main(
+    questions: str,
+    people: str,
+    out: Path,
+    count: Annotated[int, typer.Argument(min=1)],
+    seed: int = 11,
+    without: Annotated[list[str], typer.Option(help="Triples that are not drawn again.")] = [],  # noqa: B006
+) -> None:
+    """Write about COUNT of QUESTIONS to OUT, and PEOPLE's own about the same contexts."""
+    chance = random.Random(seed)
     own = load_triples(people)
-    drawn = matched(load_triples(questions), own, int(count), chance)
+    had = {(t.context, t.prompt) for name in without for t in load_triples(name)}
+    drawn = matched([t for t in load_triples(questions) if (t.context, t.prompt) not in had], own, count, chance)
+    if not drawn:
+        raise ICAEError(f"nothing of {questions} is left to draw, of the kinds and lengths that {people} has")
     about = {t.context for t in drawn}
     rows = drawn + [t for t in own if t.context in about]
     chance.shuffle(rows)
     lines = [json.dumps({"input": t.context, "prompt": t.prompt, "answer": t.response}, ensure_ascii=False) + "\n" for t in rows]
-    write_atomically(Path(out), "".join(lines).encode())
+    write_atomically(out, "".join(lines).encode())
     words = sorted(len(t.response.split()) for t in drawn)
     print(f"{len(drawn)} of them, and {len(rows) - len(drawn)} of people's, about {len(about)} contexts")
     print("words of an answer, by tenths:", *(words[len(words) * tenth // 10] for tenth in range(1, 10)))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    typer.run(main)

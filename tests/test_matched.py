@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from tiny import load_script
 
+from icae.errors import ICAEError
 from icae.triples import Triple, load_triples
 
 
@@ -46,7 +47,15 @@ def test_peoples_own_questions_about_the_same_contexts_stand_beside_them(script,
     many, people = tmp_path / "many.jsonl", tmp_path / "people.jsonl"
     many.write_text(lines(asked("who", 2, n) for n in range(20)))
     people.write_text(lines([asked("who", 2, 3), asked("who", 2, 99), asked("who", 20, 98)]))
-    script.main(str(many), str(people), str(tmp_path / "out.jsonl"), "100")
+    script.main(str(many), str(people), tmp_path / "out.jsonl", 100)
     made = load_triples(str(tmp_path / "out.jsonl"))
     assert sorted(t.context for t in made) == sorted([*(f"text {n}" for n in range(20)), "text 3"])
     assert "20 of them, and 1 of people's, about 20 contexts" in capsys.readouterr().out
+    script.main(str(many), str(people), tmp_path / "half.jsonl", 10)
+    script.main(str(many), str(people), tmp_path / "rest.jsonl", 100, without=[str(tmp_path / "half.jsonl")])
+    half, rest = ({t.context for t in load_triples(str(tmp_path / name))} for name in ("half.jsonl", "rest.jsonl"))
+    assert half and rest and not half & rest and len(half | rest) == 20
+    with pytest.raises(ICAEError, match="nothing of .* is left"):
+        script.main(str(many), str(people), tmp_path / "none.jsonl", 100, without=[str(tmp_path / "out.jsonl")])
+    script.main(str(many), str(people), tmp_path / "other.jsonl", 10, seed=5)
+    assert {t.context for t in load_triples(str(tmp_path / "other.jsonl"))} != half
