@@ -50,3 +50,9 @@ def test_settings_come_in_their_types_however_yaml_read_them():
     made = TrainConfig.from_dict({"learning_rate": "1e-3", "steps": 5.0, "bf16": "true", "held_out": None, "rate_factors": [[0, 1]]})
     assert (made.learning_rate, made.steps, made.bf16, made.held_out, made.rate_factors) == (1e-3, 5, True, None, [[0, 1.0]])
     assert type(made.steps) is int and TrainConfig.from_dict(made.to_dict()) == made
+
+
+def test_settings_of_fine_tuning_are_named_where_pretraining_does_not_read_them():
+    settings = {"prompts": 4, "replay": "books", "pretrain_share": 0.1, "learning_rate": 1.0}
+    assert TrainConfig(**settings).unread() == ["prompts", "pretrain_share", "replay"]
+    assert TrainConfig(objective="instruct", **settings).unread() == [] == TrainConfig().unread()

@@ -46,9 +46,14 @@ def setting(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    finetuning: bool = False,
 ) -> Any:
-    """Return a dataclass field with `default`, the sentence that help texts and documents show for it, and the values it may have."""
-    metadata = {"help": help, "one_of": one_of, "least": least, "most": most, "above": above, "below": below}
+    """Return a dataclass field with `default`, the sentence that help texts and documents show for it, and the values it may have.
+
+    `finetuning` is for settings that pretraining does not read.
+    """
+    help = f"When fine-tuning: {help}" if finetuning else help
+    metadata = {"help": help, "one_of": one_of, "least": least, "most": most, "above": above, "below": below, "finetuning": finetuning}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -245,20 +250,22 @@ class TrainConfig(_Config):
         most=1,
     )
     continuation_unscored: int = setting(0, "First tokens of a continuation that no loss reads.", least=0)
-    response_length: int = setting(256, "Longest response, in tokens, when fine-tuning; longer ones are cut.", least=1)
+    response_length: int = setting(256, "longest response, in tokens; longer ones are cut.", least=1, finetuning=True)
     context_length: int | None = setting(
-        1024, "When fine-tuning: triples with a longer context, in tokens, are left out; none: all are taken.", least=2
+        1024, "triples with a longer context, in tokens, are left out; none: all are taken.", least=2, finetuning=True
     )
     distil: float = setting(
         0.0,
-        "When fine-tuning: weight of the KL to the base's own distribution with the full text; the response itself has the rest.",
+        "weight of the KL to the base's own distribution with the full text; the response itself has the rest.",
         least=0,
         most=1,
+        finetuning=True,
     )
     teacher: str | None = setting(
         None,
-        "When fine-tuning: PEFT adapter of the base that answers with the full text; it teaches the responses, but those that the base "
+        "PEFT adapter of the base that answers with the full text; it teaches the responses, but those that the base "
         "wrote (`icae data build`), which the base itself teaches. None: the base itself teaches all.",
+        finetuning=True,
     )
     align: float = setting(
         0.0,
@@ -268,16 +275,17 @@ class TrainConfig(_Config):
     )
     prompts: int = setting(
         1,
-        "When fine-tuning: prompts a context is asked in a row, at most: the data's first about it and others; its slots are written once.",
+        "prompts a context is asked in a row, at most: the data's first about it and others; its slots are written once.",
         least=1,
+        finetuning=True,
     )
-    distractors: int = setting(0, "When fine-tuning: most other documents put around a context, each as slots of its own.", least=0)
+    distractors: int = setting(0, "most other documents put around a context, each as slots of its own.", least=0, finetuning=True)
     distractor_share: float = setting(
-        0.5, "When fine-tuning: the share of samples that get distractors, where there are any.", least=0, most=1
+        0.5, "the share of samples that get distractors, where there are any.", least=0, most=1, finetuning=True
     )
-    pretrain_share: float = setting(0.0, "When fine-tuning: the share of samples taken from `replay` against forgetting.", least=0, most=1)
+    pretrain_share: float = setting(0.0, "the share of samples taken from `replay` against forgetting.", least=0, most=1, finetuning=True)
     replay: str | list[str] | dict[str, float] | None = setting(
-        None, "When fine-tuning: text for the pretraining samples, in the forms of pretraining's `train`."
+        None, "text for the pretraining samples, in the forms of pretraining's `train`.", finetuning=True
     )
     optimizer: str = setting("muon", "'muon' (LoRA's matrices by Muon, the rest by AdamW) or 'adamw'.", one_of=OPTIMIZERS)
     learning_rate: float = setting(1e-3, "Peak learning rate of LoRA's first matrices.", above=0)
@@ -335,6 +343,11 @@ class TrainConfig(_Config):
                 )
             if self.recall_share and self.continuation_length < 2:
                 raise ICAEError("continuation_length must be at least 2 beside recall_share: what is recalled has half as many tokens")
+
+    def unread(self) -> list[str]:
+        """Return the settings that are not their defaults and that pretraining does not read, if it is that."""
+        fields = [f for f in dataclasses.fields(self) if f.metadata["finetuning"] and self.objective == "pretrain"]
+        return [f.name for f in fields if getattr(self, f.name) != f.default]
 
     def window(self, step: int) -> tuple[int, int]:
         """Return the context tokens of a segment and the most segments before a continuation, at a step of the curriculum."""

@@ -84,6 +84,8 @@ def _train(config: str, objective: str, overrides: list[str] | None, fresh: bool
     settings, model = read_settings(config, objective, overrides)
     from icae.train import starting_config, train
 
+    if unread := settings.unread():
+        say(f"settings of fine-tuning, which pretraining does not read: {', '.join(unread)}")
     folder = train(settings, starting_config(settings.init, model), resume=not fresh)
     say(f"adapter in {folder}")
     if os.environ.get("RANK", "0") != "0":
