@@ -247,3 +247,11 @@ def test_a_dtype_may_be_told_by_its_name(base_folder):
     assert load_base(str(base_folder), dtype="bfloat16").dtype == torch.bfloat16
     with pytest.raises(ICAEError, match="dtype must be float32, bfloat16, float16 or auto, got 'half'"):
         load_base(str(base_folder), dtype="half")
+
+
+def test_rotary_angles_are_the_same_in_every_dtype(base, base_folder):
+    """As transformers loads a base: rounded to bfloat16, angles would be off by some tenths after a hundred tokens already."""
+    for dtype in ("bfloat16", "float16", "auto"):
+        other = load_base(str(base_folder), dtype=dtype)
+        assert torch.equal(other.rotations(), base.rotations()), dtype
+        assert dtype == "auto" or {str(p.dtype) for p in other.model.parameters()} == {f"torch.{dtype}"}

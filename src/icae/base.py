@@ -241,8 +241,15 @@ def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32,
     model.config._name_or_path = model.name_or_path = name  # what PEFT writes into its config
     mark = _known_fingerprint(str(path), model)
     if dtype != "auto":
-        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        _keep_in(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return Base(model.to(device), tokenizer, name, mark)
+
+
+def _keep_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep a model's weights in `dtype`, as transformers loads them: rotary angles are no weights, and stay in float32."""
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
 
 
 def cached(model: Any, cache: Any) -> dict[str, Any]:
