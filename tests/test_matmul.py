@@ -74,6 +74,27 @@ def test_torch_has_one_thread_while_numpy_has_the_products(numpy_side):
         torch.set_num_threads(threads)
 
 
+def test_threads_that_overlap_leave_nothing_behind(monkeypatch):
+    """Who came first may go first: `model.compress` in a pool of threads."""
+    monkeypatch.setattr(icae.matmul, "numpy_is_faster", lambda: True)
+    original, threads = nn.functional.linear, torch.get_num_threads()
+    linear, x = nn.Linear(24, 16), torch.randn(40, 24)
+    own = linear(x)
+    first, second = fast_linear(), fast_linear()
+    try:
+        torch.set_num_threads(3)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert nn.functional.linear is not original and torch.get_num_threads() == 1
+        torch.testing.assert_close(linear(x), own)
+        second.__exit__(None, None, None)
+        assert nn.functional.linear is original and torch.get_num_threads() == 3
+    finally:
+        nn.functional.linear = original
+        torch.set_num_threads(threads)
+
+
 def test_numpys_product_is_the_product():
     a, b = torch.randn(7, 5), torch.randn(9, 5)
     torch.testing.assert_close(product(a, b.t()), a @ b.t(), atol=1e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ waits for the other's, and all becomes several times slower. So torch has one th
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_turn = threading.RLock()
+_lent: list[Callable[..., Tensor]] = []
+"""What is lent at this moment, by all threads; the last one is asked first."""
+_threads: list[int] = []
+"""torch's own, once for each thread in `fast_linear`."""
+
 
 @contextmanager
 def fast_linear(dtype: torch.dtype = torch.float32) -> Iterator[bool]:
@@ -27,7 +34,6 @@ def fast_linear(dtype: torch.dtype = torch.float32) -> Iterator[bool]:
     if dtype != torch.float32 or not numpy_is_faster():  # else torch would keep one thread for nothing
         yield False
         return
-    threads = torch.get_num_threads()
 
     def linear(original: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not plain_float32(x, weight):
@@ -35,12 +41,17 @@ def fast_linear(dtype: torch.dtype = torch.float32) -> Iterator[bool]:
         y = _Linear.apply(x, weight) if torch.is_grad_enabled() else _forward(x, weight)
         return y if bias is None else y + bias
 
-    torch.set_num_threads(1)
+    with _turn:
+        _threads.append(_threads[0] if _threads else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         with lend_linear(linear):
             yield True
     finally:
-        torch.set_num_threads(threads)
+        with _turn:
+            own = _threads.pop()
+            if not _threads:
+                torch.set_num_threads(own)
 
 
 def plain_float32(x: Tensor, weight: Tensor) -> bool:
@@ -50,17 +61,45 @@ def plain_float32(x: Tensor, weight: Tensor) -> bool:
 
 @contextmanager
 def lend_linear(linear: Callable[..., Tensor]) -> Iterator[None]:
-    """Have `linear(original, x, weight, bias)` do what `torch.nn.functional.linear`, its first argument, did until now."""
-    original = torch.nn.functional.linear
+    """Have `linear(original, x, weight, bias)` do what `torch.nn.functional.linear`, its first argument, did until now.
 
-    def lent(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(original, input, weight, bias)
-
-    torch.nn.functional.linear = lent  # type: ignore[assignment]
+    In all threads; these may come and go in any order.
+    """
+    with _turn:
+        if not _lent:
+            _own.append(torch.nn.functional.linear)
+        _lent.append(linear)
+        _hang()
     try:
         yield
     finally:
-        torch.nn.functional.linear = original
+        with _turn:
+            _lent.remove(linear)
+            _hang()
+            if not _lent:
+                _own.pop()
+
+
+_own: list[Callable[..., Tensor]] = []
+"""torch's own function, while anything is lent."""
+
+
+def _hang() -> None:
+    """Put what is lent before torch's own function."""
+    function = _own[0]
+    for linear in _lent:
+
+        def lent(
+            input: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = None,
+            linear: Callable[..., Tensor] = linear,
+            below: Callable[..., Tensor] = function,
+        ) -> Tensor:
+            return linear(below, input, weight, bias)
+
+        function = lent
+    torch.nn.functional.linear = function  # type: ignore[assignment]
 
 
 @cache
@@ -72,15 +111,17 @@ def numpy_is_faster() -> bool:
         "numpy": (1, lambda: product(x, w.t())),
     }
     seconds: dict[str, float] = {}
-    for name, (own, side) in sides.items():
-        torch.set_num_threads(own)
-        times = []
-        for _ in range(13):
-            begin = time.perf_counter()
-            torch.nn.functional.silu(side())
-            times.append(time.perf_counter() - begin)
-        seconds[name] = float(np.median(times[3:]))  # the first ones still meet the other side's threads
-    torch.set_num_threads(threads)
+    try:
+        for name, (own, side) in sides.items():
+            torch.set_num_threads(own)
+            times = []
+            for _ in range(13):
+                begin = time.perf_counter()
+                torch.nn.functional.silu(side())
+                times.append(time.perf_counter() - begin)
+            seconds[name] = float(np.median(times[3:]))  # the first ones still meet the other side's threads
+    finally:
+        torch.set_num_threads(threads)
     return seconds["numpy"] < 0.9 * seconds["torch"]
 
 
