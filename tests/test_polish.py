@@ -118,6 +118,6 @@ def test_polished_slots_are_those_of_their_text_still(base):
     first, second = (s.tokens for s in slots.segments)
     (refined,) = model.refine_ids([slots], [[ids[:first], ids[first:]]])
     assert refined.verified and refined.ids == ids and max(refined.mismatches) < 1.2 * moved
-    assert refined.tolerance == pytest.approx(TOLERANCE + POLISHED * moved)
+    assert refined.tolerances == [pytest.approx(TOLERANCE + POLISHED * moved)] * 2
     (mended,) = model.refine_ids([slots], [[wrong[:first], wrong[first:]]])
     assert mended.ids == ids and second == 40 - first

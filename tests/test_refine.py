@@ -1,9 +1,8 @@
 import pytest
-from tiny import make_icae, one_line, random_ids
+from tiny import make_icae, random_ids
 
 from icae.blobs import pack, unpack
-from icae.errors import ICAEError
-from icae.refine import TOLERANCE, Plan, Search, _reordered, refine
+from icae.refine import TOLERANCE, Plan, Search, _reordered, refine, tolerance
 from icae.slots import MemorySlots
 
 N = 23
@@ -109,13 +108,19 @@ def test_reconstruct_refines_kv_slots_unless_told_not_to(base, monkeypatch):
     assert make_icae(base, kind="embedding", memory="mixed", readout="residual").refines()
 
 
-def test_slots_of_two_ratios_are_read_and_not_put_right(base):
+def test_slots_of_several_ratios_and_polish_are_put_right_each_by_its_own(base, tmp_path):
     model = make_icae(base, kind="kv", stirred=0.1, segment_length=24).eval()
-    both = MemorySlots.concatenate([model.compress_ids(random_ids(N), ratio=ratio)[0] for ratio in (4, 8)])
-    assert model.reconstruct(both, refine=False)
-    with pytest.raises(ICAEError) as error:
-        model.reconstruct(both)
-    one_line(error.value, "several ratios", "refine=False")
+    how, texts = [(4, 0), (8, 0), (4, 1), (4, 0)], [*random_ids(16), *random_ids(4), *random_ids(16), *random_ids(12)]
+    alone = [model.compress_ids([ids], ratio=r, polish=p)[0] for ids, (r, p) in zip(texts, how, strict=True)]
+    inner = MemorySlots.concatenate(alone[1:3])
+    MemorySlots.concatenate([alone[0], inner, alone[3]]).save(tmp_path / "mixed.safetensors")
+    both = MemorySlots.load(tmp_path / "mixed.safetensors")
+    assert [(part.origin.ratio, part.origin.polish) for part in both.split()] == how
+    assert [(s.ratio, s.polish) for s in both.segments] == [(None, None), (8, None), (None, 1), (None, None)]
+    wrong = texts[3][1::-1] + texts[3][2:]
+    (refined,) = model.refine_ids([both], [[*texts[:3], wrong]])
+    assert refined.ids == [i for ids in texts for i in ids] and refined.verified
+    assert refined.tolerances == [tolerance(part) for part in alone] and len(set(refined.tolerances)) == 2
 
 
 def test_long_blocks_are_reordered_by_one_move_or_one_exchange():

@@ -66,13 +66,13 @@ class Refined:
     ids: list[int]
     mismatches: list[float]
     """Of each segment, how far its slots are from those it was read from: the worst slot's relative squared distance."""
-    tolerance: float = TOLERANCE
-    """Up to which they count as the same."""
+    tolerances: list[float]
+    """Of each, up to which they count as the same."""
 
     @property
     def doubtful(self) -> int:
         """Segments whose slots differ still."""
-        return sum(not m <= self.tolerance for m in self.mismatches)
+        return sum(not m <= most for m, most in zip(self.mismatches, self.tolerances, strict=True))
 
     @property
     def verified(self) -> bool:

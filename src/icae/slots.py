@@ -45,6 +45,21 @@ class Segment:
     """Positions it takes in the decoder."""
     opens: bool = field(default=False, compare=False)
     """A document begins with it, one of several that were joined."""
+    ratio: int | None = None
+    """Its own ratio, joined with slots of another; none: its origin's."""
+    polish: int | None = None
+    """Its own steps of polishing, joined with slots of others; none: its origin's."""
+
+    def among(self, joint: Origin, own: Origin, opens: bool) -> Segment:
+        """Return the segment as it stands among slots of a joint origin, where it had its own."""
+        ratio = own.ratio if self.ratio is None else self.ratio
+        polish = own.polish if self.polish is None else self.polish
+        return dataclasses.replace(
+            self,
+            opens=self.opens or opens,
+            ratio=None if ratio == joint.ratio else ratio,
+            polish=None if polish == joint.polish else polish,
+        )
 
 
 @dataclass(frozen=True)
@@ -143,13 +158,15 @@ class MemorySlots:
     def segment(self, number: int) -> MemorySlots:
         """Return the slots of one segment, at the positions it was encoded at."""
         before, this = self.segments[:number], self.segments[number]
+        own = {name: value for name in ("ratio", "polish") if (value := getattr(this, name)) is not None}
         slot, token, offset = (sum(getattr(s, name) for s in before) for name in ("slots", "tokens", "span"))
         here = slice(slot, slot + this.slots)
         part = dataclasses.replace(
             self,
             tensors={name: t[here] for name, t in self.tensors.items()},
             positions=self.positions[here],
-            segments=(this,),
+            segments=(dataclasses.replace(this, ratio=None, polish=None),),
+            origin=dataclasses.replace(self.origin, **own),
             ids=None if self.ids is None else self.ids[token : token + this.tokens],
         )
         return part.shifted(-offset) if offset else part
@@ -178,7 +195,7 @@ class MemorySlots:
             first,
             tensors={name: torch.cat([p.tensors[name] for p in moved]) for name in first.tensors},
             positions=torch.cat([p.positions for p in moved]),
-            segments=tuple(dataclasses.replace(s, opens=s.opens or not (same or i)) for p in parts for i, s in enumerate(p.segments)),
+            segments=tuple(s.among(first.origin, p.origin, not (same or i)) for p in parts for i, s in enumerate(p.segments)),
             ids=torch.cat(ids) if len(ids) == len(parts) else None,
         )
 
@@ -203,7 +220,7 @@ class MemorySlots:
             {
                 "version": FORMAT_VERSION,
                 "origin": dataclasses.asdict(self.origin),
-                "segments": [dataclasses.astuple(s) for s in self.segments],
+                "segments": [dataclasses.astuple(s)[: 4 if s.ratio is s.polish is None else 6] for s in self.segments],
             }
         )
         data = to_bytes(tensors, metadata={"icae": about, "sha256": _digest(about, tensors)})
