@@ -11,8 +11,10 @@ import torch
 from tiny import LINES, one_line, save_base
 
 import icae.base
-from icae.base import EMBEDDED, fingerprint, load_base
+from icae.base import EMBEDDED, check_device, fingerprint, load_base
+from icae.config import ICAEConfig
 from icae.errors import ICAEError
+from icae.model import ICAE
 
 
 def refused(call, *parts):
@@ -255,3 +257,25 @@ def test_rotary_angles_are_the_same_in_every_dtype(base, base_folder):
         other = load_base(str(base_folder), dtype=dtype)
         assert torch.equal(other.rotations(), base.rotations()), dtype
         assert dtype == "auto" or {str(p.dtype) for p in other.model.parameters()} == {f"torch.{dtype}"}
+
+
+def test_embeddings_are_what_the_llm_is_fed_where_a_family_scales_them_too(base, tmp_path):
+    assert torch.equal(base.embeddings(), base.model.get_input_embeddings().weight)
+    gemma = load_base(str(save_base(tmp_path / "gemma", "gemma3_text")))
+    scale = gemma.hidden_size**0.5
+    torch.testing.assert_close(gemma.embeddings(), gemma.model.get_input_embeddings().weight * scale, atol=1e-2, rtol=1e-2)
+    config = ICAEConfig(base=gemma.name, kind="embedding", slot_norm=1.0, lora_rank=2)
+    slots = ICAE(gemma, config).eval().compress_ids([list(range(3, 19))], polish=0)[0].tensors["embeddings"]
+    assert float(slots.pow(2).mean().sqrt()) == pytest.approx(float(gemma.embeddings().pow(2).mean().sqrt()), rel=0.01)
+
+
+def test_where_nothing_can_be_kept_a_base_is_loaded_all_the_same(base, folder, monkeypatch):
+    monkeypatch.setenv("ICAE_HOME", "/proc/nothing/here")
+    assert load_base(str(folder)).fingerprint == base.fingerprint
+    refused(lambda: load_base(EMBEDDED), "nothing can be written to")
+
+
+def test_a_device_beyond_the_last_one_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_device("cuda:1")
+    refused(lambda: check_device("cuda:7"), "cuda:7", "the last one", "cuda:1")

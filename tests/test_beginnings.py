@@ -72,6 +72,12 @@ def test_one_beginning_is_greedy_and_drawn_answers_have_one(model, base):
     assert drawn[0] == drawn[1]
 
 
+def test_no_beginning_ends_before_it_has_as_many_tokens_as_it_must(base):
+    prompts, anything = random_ids(5, 3), list(range(3, 250))
+    for count in (1, 3):
+        assert min(map(len, generated(base, prompts, count, 12, stop=anything, min_new_tokens=10))) >= 10
+
+
 def test_answers_and_streams_begin_alike(model):
     slots = model.compress_ids(random_ids(40, 30, seed=3))
     model.config = model.config.replace(beginnings=4)

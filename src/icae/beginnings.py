@@ -85,6 +85,7 @@ def begin(
     guides: Sequence[Guide | None],
     choose: Callable[[list[Guide | None], Tensor], Tensor],
     doubts: Sequence[Doubt] | None = None,
+    least: int = 0,
 ) -> list[Beginning]:
     """Begin every row with its `count` likeliest tokens, and return the best beginning of each; `rows` then stand one for each.
 
@@ -104,6 +105,8 @@ def begin(
         From guides and logits (rows, V), the next ids (rows,).
     doubts : sequence of callable, optional
         One for each row.
+    least : int
+        No beginning ends before it has as many tokens.
     """
     first = firsts(logits, count, ends)
     count = len(first[0])
@@ -116,6 +119,8 @@ def begin(
     ids = torch.tensor([i for row in first for i, _ in row], device=logits.device)
     while not all(one.over for one in made):
         logits = rows.read(ids)
+        if max(len(one.ids) for one in made) < least:  # none has ended yet: all have as many
+            logits[:, list(ends)] = -torch.inf
         ids = choose([one.guide for one in made], logits)
         shares = logits.float().log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist()
         for one, i, share in zip(made, ids.tolist(), shares, strict=True):

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from icae.errors import ICAEError, StorageError
+from icae.errors import ICAEError, StorageError, reason
 from icae.slots import MemorySlots
 
 DTYPES = ("float16", "bfloat16", "float32", "int8")
@@ -118,8 +118,8 @@ def _reaching(place: object) -> Iterator[None]:
             raise StorageError(str(error)) from error
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StorageError(f"the slots at {place} cannot be reached ({reason}); see that they can, then try again") from error
+        said = getattr(error, "strerror", None) or reason(error)
+        raise StorageError(f"the slots at {place} cannot be reached ({said}); see that they can, then try again") from error
 
 
 def _check_claim(place: object, found: str, owner: str) -> None:

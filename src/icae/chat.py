@@ -13,7 +13,7 @@ import threading
 from functools import lru_cache
 from typing import Any
 
-from icae.errors import ICAEError
+from icae.errors import ICAEError, reason
 
 CUT = "\ufdd0"
 """Stands where a rendered chat is tokenised in two: a noncharacter of Unicode, taken out of what users write."""
@@ -123,7 +123,7 @@ def _template(tokenizer: Any, messages: list[dict[str, str]], *, opens: bool = T
             messages, chat_template=template, tokenize=False, add_generation_prompt=opens, enable_thinking=False
         )
     except TemplateError as error:  # templates refuse what they do not know, such as two turns of one role
-        raise ICAEError(f"the base's chat template refuses these messages: {str(error).splitlines()[0]}") from error
+        raise ICAEError(f"the base's chat template refuses these messages: {reason(error)}") from error
 
 
 @lru_cache(maxsize=8)
@@ -136,7 +136,7 @@ def _looks_special(tokenizer: Any, template: str) -> re.Pattern[str] | None:
     added = tokenizer.added_tokens_decoder.values()
     words = {t.content for t in added if t.special or (t.content in frame and not t.content.isspace())}
     words = {w for w in words if len(w) > 1}
-    return re.compile("|".join(f"(?={re.escape(w)})" for w in words)) if words else None
+    return re.compile(f"(?={'|'.join(map(re.escape, words))})") if words else None
 
 
 def _cut(content: str, looks_special: re.Pattern[str] | None) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from icae.atomic import write_together
 from icae.base import Base, load_base
 from icae.config import ICAEConfig
-from icae.errors import ICAEError
+from icae.errors import ICAEError, reason
 
 if TYPE_CHECKING:
     from icae.model import ICAE
@@ -119,7 +119,7 @@ def load_weights(model: ICAE, folder: Path, *, fresh: tuple[str, ...] = ()) -> N
         if memory:
             raise ValueError(f"it holds {', '.join(memory)} besides")
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ICAEError(f"checkpoint {folder} does not fit the config that it is read with: {str(error).splitlines()[0]}") from error
+        raise ICAEError(f"checkpoint {folder} does not fit the config that it is read with: {reason(error)}") from error
     model.forget_hash()
 
 
@@ -170,9 +170,12 @@ def push_checkpoint(model: ICAE, repository: str, **kwargs: Any) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(model, Path(folder), dtype=None, card=None)
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, **kwargs))
+        api = HfApi(token=kwargs.pop("token", None))
+        try:
+            api.create_repo(repository, exist_ok=True, repo_type=kwargs.get("repo_type"))
+            return str(api.upload_folder(repo_id=repository, folder_path=folder, **kwargs))
+        except Exception as error:  # as in `_from_hub`
+            raise ICAEError(f"the Hub did not take {repository!r} ({reason(error)})") from error
 
 
 def _from_hub(repository: str) -> Path:
@@ -181,8 +184,7 @@ def _from_hub(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[*_FILES, "README.md"]))
     except Exception as error:  # the Hub's client raises many kinds: all mean that there is no such checkpoint within reach
-        reason = str(error).strip().splitlines()[0]
-        raise ICAEError(f"no folder {repository!r}, and the Hub did not give it ({reason})") from error
+        raise ICAEError(f"no folder {repository!r}, and the Hub did not give it ({reason(error)})") from error
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any, Self, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from icae.errors import ICAEError
+from icae.errors import ICAEError, reason
 
 FORMAT_VERSION = 1
 """Version of the checkpoint and slot-file formats; files of another version are refused."""
@@ -372,7 +372,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ICAEError(f"could not read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ICAEError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ICAEError(f"{path} is not valid YAML: {reason(error)}") from error
     if not isinstance(values, dict):
         raise ICAEError(f"{path} must hold settings as 'name: value' lines")
     return values

@@ -125,7 +125,7 @@ class Decoder:
             return choose(guided(guides, logits), temperature, top_p, chance)
 
         if beginnings > 1:
-            begun = begin(rows, logits, beginnings, max_new_tokens, ends, guides, follow, doubts)
+            begun = begin(rows, logits, beginnings, max_new_tokens, ends, guides, follow, doubts, min_new_tokens)
             made = max(len(one.ids) for one in begun)
             for n in range(made):
                 yield [one.ids[n] if n < min(len(one.ids), most) else None for one, most in zip(begun, max_new_tokens, strict=True)]
@@ -212,7 +212,7 @@ class _Rows:
 
     def read(self, ids: Tensor) -> Tensor:
         """Read a token a row, (rows,), and return logits (rows, V)."""
-        self.position = self.position + 1
+        self.position = (self.position + 1).clamp(max=self.base.max_positions - 1)  # rows that have ended are read on with the others
         self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
         output = self.base.model(
             input_ids=ids[:, None],

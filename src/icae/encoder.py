@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from icae.base import Base, cache_of, cached
 from icae.config import ICAEConfig
-from icae.errors import ICAEError
+from icae.errors import ICAEError, reason
 from icae.fused import effective_weights
 from icae.lean import LeanLlama, Loras, is_plain_llama
 from icae.segments import positions, slot_count
@@ -54,10 +54,10 @@ class Encoder(nn.Module):
         try:
             self.peft: Any = get_peft_model(base.twin(), lora)
         except ValueError as error:
-            raise ICAEError(f"lora_targets {config.lora_targets} do not name linear modules of {base.name} ({error})") from error
-        self.memory = nn.Parameter(self._initial_memory(base))
-        unit = torch.eye(base.hidden_size, device=base.device)
-        self._size = float(base.model.get_input_embeddings().weight.float().pow(2).mean().sqrt())
+            raise ICAEError(f"lora_targets {config.lora_targets} do not name linear modules of {base.name} ({reason(error)})") from error
+        embeddings, unit = base.embeddings(), torch.eye(base.hidden_size, device=base.device)
+        self._size = float(embeddings.pow(2).mean().sqrt())
+        self.memory = nn.Parameter(self._initial_memory(float(embeddings.std())))
         if config.memory == "mixed":
             self.mix = nn.Parameter(unit.repeat(config.ratio, 1, 1) / (self._size * config.ratio**0.5))
         if config.readout == "residual":
@@ -88,7 +88,7 @@ class Encoder(nn.Module):
         ICAEError
             If a segment needs more slots than there are learned memory tokens.
         """
-        ratio = ratio or self.config.ratio
+        ratio = self.config.ratio if ratio is None else ratio
         longest = ids_BL.shape[1]
         layout = [positions(self.config.layout, n, ratio) for n in lengths]
         count = slot_count(longest, ratio)
@@ -142,11 +142,11 @@ class Encoder(nn.Module):
         if self.read_from == "layers" and not self.config.lora_dropout and is_plain_llama(self._base):
             self.lean = LeanLlama(self._base, compiled=compiled)
 
-    def _initial_memory(self, base: Base) -> Tensor:
-        """Return the memory tokens' start: zero where a block's mean is added to it, else noise of the embeddings' own size."""
+    def _initial_memory(self, spread: float) -> Tensor:
+        """Return the memory tokens' start: zero where a block's mean is added to it, else noise of the embeddings' own `spread`."""
         rows = slot_count(self.config.segment_length, self.config.ratio) if self.config.memory == "learned" else 1
-        size = 0.0 if self.config.memory in ("pooled", "mixed") else float(base.model.get_input_embeddings().weight.float().std())
-        return torch.randn(rows, base.hidden_size, device=base.device) * size
+        size = 0.0 if self.config.memory in ("pooled", "mixed") else spread
+        return torch.randn(rows, self._base.hidden_size, device=self._base.device) * size
 
     def memory_tokens(self, context_BLD: Tensor, real_BL: Tensor, count: int, ratio: int) -> Tensor:
         """Return the memory tokens' input embeddings, (B, K, D)."""

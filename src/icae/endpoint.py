@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from icae.errors import ICAEError
+from icae.errors import ICAEError, reason
 
 
 def connect(url: str | None, *, purpose: str, extra: str, instead: str) -> Any:
@@ -48,4 +48,4 @@ def reply(client: Any, model: str, messages: list[dict[str, str]], **settings: A
         choice = made.choices[0]
         return choice.message.content or "", choice, getattr(made, "usage", None)
     except (openai.OpenAIError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise ICAEError(f"the endpoint of {model!r} failed: {' '.join(str(error).split())}") from error
+        raise ICAEError(f"the endpoint of {model!r} failed: {reason(error)}") from error

@@ -12,3 +12,8 @@ class ICAEError(Exception):
 
 class StorageError(ICAEError):
     """What is kept, or where it is kept, is damaged, missing or full: who owns it can mend that, a server's clients cannot."""
+
+
+def reason(error: BaseException) -> str:
+    """Return what another library's error says, in one line of 200 characters at most; where it says nothing, what it is."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

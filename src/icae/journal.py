@@ -17,7 +17,9 @@ Kept = TypeVar("Kept")
 
 
 def read(path: Path, keep: Callable[[Any], Kept], what: str) -> list[Kept]:
-    """Return what `keep` takes of each row; a last line that a kill cut short is taken off the file. A missing file has no rows.
+    """Return what `keep` takes of each row; a last line that a kill cut short is taken off the file, one that is whole is ended.
+
+    A missing file has no rows.
 
     Raises
     ------
@@ -25,21 +27,30 @@ def read(path: Path, keep: Callable[[Any], Kept], what: str) -> list[Kept]:
         If the file cannot be read or mended, or a line of it is no `what`: no JSON, or `keep` raises ValueError, KeyError or TypeError.
     """
     try:
-        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     except OSError as error:
         raise ICAEError(f"could not read {path}: {error.strerror}") from error
+    whole = _is_row(last)  # as an editor leaves it, which ends no last line
     found = []
-    for number, line in enumerate(lines[:-1], 1):
+    for number, line in enumerate([*lines, last] if whole else lines, 1):
         try:
             found.append(keep(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise ICAEError(f"{path}, line {number}: no {what}; mend or delete that line") from error
-    if lines[-1]:
+    if last:  # only now: what is no such file is left alone
         try:
-            os.truncate(path, sum(len(line) + 1 for line in lines[:-1]))
+            with path.open("ab") as file:
+                _ = file.write(b"\n") if whole else file.truncate(file.tell() - len(last))
         except OSError as error:
             raise ICAEError(f"could not write {path}: {error.strerror}") from error
     return found
+
+
+def _is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from icae.objectives import Example, Marker, padded
 from icae.polish import default_steps, polishing
 from icae.reader import GREEDY, Reader, Sampling, Score
 from icae.refine import Refined, refine, tolerance
-from icae.segments import alike, check_ratio, cut, slot_count
+from icae.segments import alike, check_ratio, cut
 from icae.slot_batch import SlotBatch
 from icae.slots import MemorySlots, Origin
 from icae.stepwise import finished, saying
@@ -56,7 +56,7 @@ class ICAE(nn.Module):
         self.decoder = Decoder(base)
         bos = base.tokenizer.bos_token_id
         sink = base.embed(torch.tensor([base.eos_ids[0] if bos is None else bos], device=base.device)).detach().float()
-        asks = base.model.get_input_embeddings().weight.detach().float().mean(0, keepdim=True)
+        asks = base.embeddings().mean(0, keepdim=True)
         self.markers = nn.Parameter(torch.cat([sink, asks.repeat(config.marker_length - 1, 1)]).repeat(len(Marker), 1, 1))
         self.reader = Reader(self.decoder, self.config, self.markers)
         self.encoder.memory.data = self.encoder.memory.data.float()
@@ -210,8 +210,8 @@ class ICAE(nn.Module):
         ICAEError
             If a context has fewer than two tokens, the ratio is below 1, or `polish` below 0.
         """
-        ratio = self.config.ratio if ratio is None else ratio
         check_ratio(ratio)
+        ratio = self.config.ratio if ratio is None else ratio
         for ids in contexts:
             if len(ids) < 2:
                 raise ICAEError(f"a context needs at least two tokens, this one has {len(ids)}; give a longer text")
@@ -251,6 +251,9 @@ class ICAE(nn.Module):
             As the generator's value.
         """
         self.eval()
+        check_ratio(ratio)
+        if batch_size < 1:
+            raise ICAEError(f"batch_size must be at least 1, got {batch_size}")
         if polish is not None and polish < 0:
             raise ICAEError(f"polish must be at least 0, got {polish}; 1 is a good deal better than none, each costs a pass forth and back")
         origin = self.origin_at(ratio, polish)
@@ -322,7 +325,7 @@ class ICAE(nn.Module):
         Raises
         ------
         ICAEError
-            For slots that this model cannot read, or of several ratios joined.
+            For slots that this model cannot read.
         """
         for s in slots:
             self.check(s)
@@ -331,15 +334,12 @@ class ICAE(nn.Module):
         for s, rows in zip(slots, read, strict=True):
             segments = []
             for part, row in zip(s.to(self.base.device).split(), rows, strict=True):
-                if part.count != slot_count(part.tokens, part.origin.ratio):
-                    raise ICAEError(
-                        "slots of several ratios were joined; put each right before that, or give them back as read (refine=False)"
-                    )
-                segments.append(refine(self.encoder, part, row, partial(self.reader.choices, part)))
+                segments.append((*refine(self.encoder, part, row, partial(self.reader.choices, part)), tolerance(part)))
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            refined.append(Refined(joined([ids for ids, _ in segments]), [mismatch for _, mismatch in segments], tolerance(s)))
+            ids, mismatches, tolerances = zip(*segments, strict=True)
+            refined.append(Refined(joined(ids), list(mismatches), list(tolerances)))
         return refined
 
     def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:
@@ -371,6 +371,8 @@ class ICAE(nn.Module):
         are how many ways each is begun (beginnings.py); none: the checkpoint's own, and without slots one. `questions` are what the prompts
         ask, where these hold more.
         """
+        if not prompts:
+            return []
         beginnings = (1 if slots is None else self.config.beginnings) if beginnings is None else beginnings
         slots = slots and [self.focused(s, p) for s, p in zip(slots, prompts, strict=True)]
         ids = [self.base.prompted(p, alone=slots is None) for p in prompts]

@@ -124,7 +124,7 @@ def _end(model: ICAE, t: Triple, sides: Sequence[str], ratio: int) -> int:
     if {"text", "text_grounded"} & set(sides):
         longest = len(model.base.prompted(full_text(t.context, t.prompt)))
     if any(side.startswith("slots") for side in sides):
-        longest = max(longest, end_of_slots(model, len(model.base.encode(t.context)), t.prompt))
+        longest = max(longest, end_of_slots(model, len(model.base.encode(t.context)), t.prompt, ratio))
     if {"cut", "deleted", "none"} & set(sides):
         kept = 0
         if {"cut", "deleted"} & set(sides):

@@ -90,12 +90,18 @@ class Reader:
     def places(self, slots: SlotBatch | None, markers: list[int], width: int) -> Tensor:
         """Return position ids (B, width) of marker and text: [LM] and [FT] stand after the slots, [AE] where the layout puts it.
 
-        In the `spread` layout the text's own positions begin at 1, so that all vectors of [AE] share position 0.
+        In the `spread` layout the text's own positions begin at 1, so that all vectors of [AE] share position 0. Padding may reach beyond
+        the base's positions; it gets the last one.
         """
-        early = 1 - self.markers.shape[1]
+        starts = torch.tensor(self._starts(slots, markers))
+        places = (starts[:, None] + torch.arange(width)).clamp(0, self.base.max_positions - 1)
+        return places.to(self.base.device, non_blocking=True)
+
+    def _starts(self, slots: SlotBatch | None, markers: list[int]) -> list[int]:
+        """Return the position of each row's marker, not yet kept to those that there are."""
         spans = [0] * len(markers) if slots is None else slots.spans
-        starts = [early if m == Marker.AE and self.layout == "spread" else span for m, span in zip(markers, spans, strict=True)]
-        return (torch.tensor(starts)[:, None] + torch.arange(width)).clamp(min=0).to(self.base.device, non_blocking=True)
+        early = 1 - self.markers.shape[1]
+        return [early if m == Marker.AE and self.layout == "spread" else span for m, span in zip(markers, spans, strict=True)]
 
     # ---- scores ----
 
@@ -115,18 +121,17 @@ class Reader:
         Raises
         ------
         ICAEError
-            If the base has no positions for it all.
+            If the base has no positions for it all, or an unmarked target follows no prompt.
         """
         data: Any = collate(list(examples))
         markers, text, real, scored = (data[name].to(self.base.device) for name in ("markers", "text_ids", "real", "scored"))
-        batch, ends = self._batch(slots), real.sum(1) - 2  # the last token is not read
+        if not marked and bool(scored[:, 0].any()):
+            raise ICAEError("without a marker the first token of a target follows nothing; give a prompt")
+        batch, read = self._batch(slots), (real.sum(1) - 1).tolist()  # the last token is not read
         if marked:
-            lead = self.markers.shape[1]
-            ends = self.places(batch, markers.tolist(), lead + text.shape[1] - 1).gather(1, (lead + ends)[:, None])
-        if int(ends.max()) >= self.base.max_positions:
-            raise ICAEError(
-                f"what is scored ends at position {int(ends.max()) + 1}, but {self.base.name} has {self.base.max_positions}; shorten it"
-            )
+            read = [start + self.markers.shape[1] + n for start, n in zip(self._starts(batch, markers.tolist()), read, strict=True)]
+        if max(read) > self.base.max_positions:
+            raise ICAEError(f"what is scored ends at position {max(read)}, but {self.base.name} has {self.base.max_positions}; shorten it")
         if marked:
             logits, keep, _ = self.read(batch, markers, text, real, scored)
         else:
@@ -189,8 +194,10 @@ class Reader:
         Raises
         ------
         ICAEError
-            If the base has no positions for it all.
+            If the base has no positions for it all, or there is nothing to read: neither marker nor prompt.
         """
+        if marker is None and not all(prompts):
+            raise ICAEError("there is nothing to go on from: give slots, or a prompt")
         batch = self._batch(slots)
         lead = 0 if marker is None else self.markers.shape[1]
         lengths = [len(p) + lead for p in prompts]
@@ -201,8 +208,8 @@ class Reader:
         if marker is not None:
             inputs = torch.cat([self.markers[int(marker)].to(inputs.dtype).expand(len(prompts), -1, -1), inputs], 1)
             places = self.places(batch, [int(marker)] * len(prompts), inputs.shape[1])
-        self._fits(int((places * real).max()) + 1, max(limits))
-        places = places.clamp(max=self.base.max_positions - 1)  # of padding alone
+            lengths = [n + start for n, start in zip(lengths, self._starts(batch, [int(marker)] * len(prompts)), strict=True)]
+        self._fits(lengths, limits)
         return self.decoder.generate(
             batch,
             inputs.detach(),
@@ -270,8 +277,9 @@ class Reader:
     def _batch(self, slots: Sequence[MemorySlots] | None) -> SlotBatch | None:
         return None if slots is None else SlotBatch.pad([s.to(self.base.device) for s in slots])
 
-    def _fits(self, used: int, wanted: int) -> None:
-        """Refuse what the base has no positions for."""
+    def _fits(self, read: list[int], limits: list[int]) -> None:
+        """Refuse what the base has no positions for, by the row that would take most."""
+        used, wanted = max(zip(read, limits, strict=True), key=sum)
         if used + wanted > self.base.max_positions:
             raise ICAEError(
                 f"slots and prompt take {used} positions and the response {wanted} more, but {self.base.name} has "

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from icae.errors import ICAEError
 from icae.model import ICAE
+from icae.segments import positions
 
 
-def end_of_slots(model: ICAE, read: int, prompt: str) -> int:
-    """Return the positions that the slots of `read` tokens and a prompt take before the answer."""
+def end_of_slots(model: ICAE, read: int, prompt: str, ratio: int | None = None) -> int:
+    """Return the positions that the slots of `read` tokens and a prompt take before the answer; `ratio` none: the checkpoint's own."""
     if model.config.focus:
         read = min(read, model.config.focus * model.config.segment_length)
-    return read + model.config.marker_length + len(model.base.prompted(prompt, alone=False))
+    span = positions(model.config.layout, read, model.config.ratio if ratio is None else ratio).span
+    return span + model.config.marker_length + len(model.base.prompted(prompt, alone=False))
 
 
 def roomy(model: ICAE, ends: Sequence[int], max_new_tokens: int) -> list[int]:

@@ -8,11 +8,11 @@ Two layouts give position ids. With L = 8, ratio = 4:
     spread      context    1 2 3 4 5 6 7 8          slot i stands at 1 + (ratio - 1) // 2 + i * ratio, inside its own block,
     (EPL,       memory       .2.     .6.            for the encoder and for the decoder alike
      arXiv      decoder    [AE]=0, targets 1..8     a target stands beside the slot that holds it
-     2409.14364)           [LM], [FT]=8, then 9 ..  as if the text itself had been read
+     2409.14364)           [LM], [FT] from 8 on     as if the text itself had been read
 
     appended    context    0 1 2 3 4 5 6 7
     (the paper) memory                     8 9      after the context
-                decoder    slots 0 1, [AE], [LM], [FT]=2, then 3 ..
+                decoder    slots 0 1, [AE], [LM], [FT] from 2 on
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def documents(
         at = int(chance.integers(count))
         mixed.append((at, [*texts[:at], t.context, *texts[at:]]))
     lengths = {t.context: len(model.base.encode(t.context)) for t in triples}
-    ends = [end_of_slots(model, sum(lengths[text] for text in texts), t.prompt) for t, (_, texts) in zip(triples, mixed, strict=True)]
+    read = [sum(lengths[text] for text in texts) for _, texts in mixed]
+    ends = [end_of_slots(model, n, t.prompt, ratio) for t, n in zip(triples, read, strict=True)]
     asked_for, kept = len(triples), roomy(model, ends, max_new_tokens)
     triples, mixed = [triples[i] for i in kept], [mixed[i] for i in kept]
     rows: list[dict[str, Any]] = [
@@ -156,8 +157,8 @@ def places(
         return MemorySlots.concatenate([fresh[tuple(p)] if tuple(p) in fresh else made_once[tuple(p)] for p in parts])
 
     def end(i: int) -> int:
-        read = parts(i, "start")
-        ends = [end_of_slots(model, len(joined(read)) if whole else sum(map(len, read)), triples[i].prompt)] if "slots" in sides else []
+        read = len(joined(parts(i, "start"))) if whole else sum(map(len, parts(i, "start")))
+        ends = [end_of_slots(model, read, triples[i].prompt, ratio)] if "slots" in sides else []
         return max(ends + ([len(base.prompted(told(i, place))) for place in PLACES] if "text" in sides else []))
 
     kept = roomy(model, [end(i) for i in range(len(triples))], max_new_tokens)

@@ -29,10 +29,6 @@ class SlotBatch:
     segments: list[tuple[Segment, ...]] = field(default_factory=list)
     rotations: Tensor | None = None
 
-    def __len__(self) -> int:
-        """Return B, the number of contexts."""
-        return self.mask.shape[0]
-
     @property
     def spans(self) -> list[int]:
         """Position id of whatever comes after each context's slots."""

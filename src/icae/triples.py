@@ -20,7 +20,7 @@ from typing import Any
 
 from icae.base import Base
 from icae.data import check_whole
-from icae.errors import ICAEError
+from icae.errors import ICAEError, reason
 
 _MOST_BAD = 0.01
 """Share of bad rows above which a source is refused."""
@@ -169,8 +169,7 @@ def _hub(source: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     try:
         data = load_dataset(name, split=split or "train")
     except Exception as error:  # the Hub's client raises many kinds: all mean that there is no such data within reach
-        reason = " ".join(str(error).split())
-        raise ICAEError(f"no file {source!r}, and the Hub gave no data set of that name ({reason})") from error
+        raise ICAEError(f"no file {source!r}, and the Hub gave no data set of that name ({reason(error)})") from error
     for number, row in enumerate(data, 1):
         yield f"{source}, row {number}", lambda row=row: row  # type: ignore[misc]
 
