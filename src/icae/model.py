@@ -89,13 +89,35 @@ class ICAE(nn.Module):
         return load_checkpoint(cls, path, base=base, device=device, **kwargs)
 
     def save_pretrained(self, path: str | Path, *, dtype: torch.dtype | None = None, card: str | None = None) -> None:
-        """Write the adapter to a folder (checkpoint.py tells its files); the base is not copied."""
+        """Write the adapter to a folder (checkpoint.py tells its files); the base is not copied.
+
+        Parameters
+        ----------
+        path : str or Path
+            Made where it is missing; what it holds of an adapter is replaced.
+        dtype : torch.dtype, optional
+            What the tensors are written in; none: as they are. A smaller one makes another adapter of them, which does not read this one's
+            slots.
+        card : str, optional
+            README.md; none: the one that stands there, else a plain one.
+
+        Raises
+        ------
+        ICAEError
+            If it cannot be written; what stood there is as it was then.
+        """
         from icae.checkpoint import save_checkpoint
 
         save_checkpoint(self, Path(path), dtype=dtype, card=card)
 
     def push_to_hub(self, repository: str, **kwargs: Any) -> str:
-        """Upload the adapter to the Hugging Face Hub and return its address; keyword arguments go to `HfApi.upload_folder`."""
+        """Upload the adapter to the Hugging Face Hub and return its address; keyword arguments go to `HfApi.upload_folder`.
+
+        Raises
+        ------
+        ICAEError
+            If the Hub does not take it.
+        """
         from icae.checkpoint import push_checkpoint
 
         return push_checkpoint(self, repository, **kwargs)
@@ -175,7 +197,7 @@ class ICAE(nn.Module):
     @overload
     def compress(self, texts: Sequence[str], **kwargs: Any) -> list[MemorySlots]: ...
     def compress(self, texts: str | Sequence[str], **kwargs: Any) -> MemorySlots | list[MemorySlots]:
-        """Compress a text, or several, into memory slots; keyword arguments as for `compress_ids`."""
+        """Compress a text, or several, into memory slots; keyword arguments and errors as for `compress_ids`."""
         if isinstance(texts, str):
             return self.compress_ids([self.base.encode(texts)], **kwargs)[0]
         return self.compress_ids([self.base.encode(t) for t in texts], **kwargs)
@@ -343,15 +365,18 @@ class ICAE(nn.Module):
         return refined
 
     def continue_text(self, slots: MemorySlots, *, max_new_tokens: int = 128, sampling: Sampling = GREEDY) -> str:
-        """Continue the text that the slots stand for, by `max_new_tokens`."""
+        """Continue the text that the slots stand for, by `max_new_tokens`; errors as for `stream_answer`."""
         return "".join(self.stream_continuation(slots, max_new_tokens=max_new_tokens, sampling=sampling))
 
     def answer(self, slots: MemorySlots | None, prompt: str, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> str:
-        """Respond to a prompt about the text that the slots stand for; without slots, as the base alone would."""
+        """Respond to a prompt about the text that the slots stand for; without slots, as the base alone would.
+
+        Errors as for `stream_answer`.
+        """
         return "".join(self.stream_answer(slots, prompt, max_new_tokens=max_new_tokens, sampling=sampling)).strip()
 
     def answer_text(self, text: str, prompt: str, *, max_new_tokens: int = 256, sampling: Sampling = GREEDY) -> str:
-        """Respond to a prompt about a full text, uncompressed, as the base alone does; for comparison."""
+        """Respond to a prompt about a full text, uncompressed, as the base alone does; for comparison. Errors as for `stream_answer`."""
         return self.answer(None, full_text(text, prompt), max_new_tokens=max_new_tokens, sampling=sampling)
 
     def answers(
@@ -369,7 +394,7 @@ class ICAE(nn.Module):
 
         `words` are what each response is spelled by (`ICAE.words`); none: the slots' own context, and without slots nothing. `beginnings`
         are how many ways each is begun (beginnings.py); none: the checkpoint's own, and without slots one. `questions` are what the prompts
-        ask, where these hold more.
+        ask, where these hold more. Errors as for `stream_answer`, of the batch as a whole.
         """
         if not prompts:
             return []
@@ -433,7 +458,14 @@ class ICAE(nn.Module):
         max_new_tokens: int = 256,
         sampling: Sampling = GREEDY,
     ) -> Iterator[str]:
-        """Return a response piece by piece; `history` holds earlier turns as chat messages."""
+        """Return a response piece by piece; `history` holds earlier turns as chat messages.
+
+        Raises
+        ------
+        ICAEError
+            At once: for slots that this model cannot read, messages that the base's chat template refuses, or where the base has no
+            positions for slots, prompt and `max_new_tokens` together.
+        """
         marker = None if slots is None else Marker.FT
         slots = slots and self.focused(slots, prompt, history=history)
         guide, beginnings = (None, 1) if slots is None else (self.guide(self.words(slots.ids)), self.config.beginnings)
@@ -459,7 +491,7 @@ class ICAE(nn.Module):
         return self.reader.text(self.reader.ids(slots, prompt, marker, limit, sampling, least, guide, beginnings, doubts))
 
     def score(self, slots: Sequence[MemorySlots] | None, examples: Sequence[Example], *, marked: bool = True) -> list[Score]:
-        """Score each example's target, read from its slots or from its own prompt alone (see `Reader.score`)."""
+        """Score each example's target, read from its slots or from its own prompt alone; parameters and errors as for `Reader.score`."""
         self.eval()
         return self.reader.score(slots, examples, marked=marked)
 
