@@ -262,6 +262,7 @@ def test_of_a_cut_off_evaluation_the_answers_remain(icae, checkpoint, monkeypatc
         (["--responses", "t.jsonl"], "the data itself"),
         (["--responses", "."], "folder"),
         (["--save", "."], "folder"),
+        (["--save", "./said.jsonl"], "a file of its own"),
         (["--seed", "-1"], "--seed"),
     ],
 )
@@ -380,6 +381,7 @@ def bad_inputs(tmp_path, checkpoint, slots):
         "one token": (("compress", "one.txt", *model), "two tokens"),
         "no such file": (("compress", "nothing.txt"), "nothing.txt"),
         "no such file, with a space": (("compress", "my manul.txt"), "no file at my manul.txt"),
+        "no such file, of any kind": (("compress", "Missing Notes.CSV"), "no file at Missing Notes.CSV"),
         "a folder": (("compress", "."), "could not read"),
         "not a text": (("compress", "binary"), "UTF-8"),
         "another encoding": (("compress", "latin.txt"), "UTF-8"),

@@ -221,6 +221,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_anybody_is_asked(tmp
     assert asked.asked == []
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.test.jsonl"])
+def test_triples_that_were_not_built_are_never_written_over(tmp_path, name):
+    (tmp_path / name).write_text("typed by hand")
+    with pytest.raises(ICAEError) as error:
+        build(TEXTS, tmp_path / "t.jsonl", asked := Scripted())
+    one_line(error.value, name, "another file")
+    assert (tmp_path / name).read_text() == "typed by hand" and asked.asked == []
+
+
 def test_half_characters_in_a_reply_cost_their_own_row_alone(tmp_path):
     reply = '[{"prompt": "Who?", "answer": "a \\ud83d"}, {"prompt": "What?", "answer": "bell"}]'
     assert replied(reply) == [("specific", "What?", "bell")]

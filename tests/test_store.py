@@ -565,6 +565,18 @@ def test_export_and_import_carry_contexts(store, tmp_path):
     assert other.verify() == [] and other.add(fake, text_of(2), "t2").fresh == 0
 
 
+@pytest.mark.parametrize("name", ["x.zip", "x.safetensors"])
+def test_nothing_but_an_export_is_written_over(store, tmp_path, name):
+    store.add(Fake(), text_of(0), "a")
+    (path := tmp_path / name).write_text("of another kind")
+    at = ["--store", store.folder]
+    one_line(run("export", path, "a", *at), name, "another file")
+    assert path.read_text() == "of another kind"
+    for before in (b"", None):  # an empty file, then what was exported
+        path.write_bytes(before) if before is not None else None
+        assert "1 contexts" in run("export", path, "a", *at)
+
+
 def rewrite(path, change):
     """Write an archive anew with `change(name, bytes) -> bytes`."""
     with zipfile.ZipFile(path) as old:
@@ -838,6 +850,7 @@ def test_what_is_no_text_in_a_folder_is_told_and_left_out(checkpoint, tmp_path):
         (["gc", "--max-bytes", "-1"], "max_bytes"),
         (["import", "nosuch.zip"], "nosuch.zip"),
         (["export", "x.safetensors"], "one context"),
+        (["export", "notes.txt"], "must end in .zip"),
     ],
 )
 def test_mistakes_are_one_line(store, arguments, part, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from icae.atomic import neighbour
 from icae.blobs import unpack
 from icae.catalogue import Blob
 from icae.errors import ICAEError
-from icae.slots import MemorySlots
+from icae.slots import MemorySlots, is_slot_file
 from icae.store import DECISIVE, SlotStore, blob_key, check_name, content_hash
 
 _LIST = "contexts.json"
@@ -28,6 +28,14 @@ _MAX_LIST = 64 << 20
 """Bytes of an archive's list, at most."""
 _MAX_BLOB = 4 << 30
 """Bytes of one blob, at most."""
+
+
+def check_place(path: Path) -> None:
+    """Raise `ICAEError` where nothing is exported to: another kind of file, by its name or by what stands in it."""
+    if path.suffix not in (".zip", ".safetensors"):
+        raise ICAEError(f"{path} must end in .zip, or for one name in .safetensors: icae store export contexts.zip NAME")
+    if path.is_file() and path.stat().st_size and not (zipfile.is_zipfile(path) or is_slot_file(path)):
+        raise ICAEError(f"{path} is no archive and no slot file, and is not written over; name another file")
 
 
 def export(store: SlotStore, path: str | Path, names: list[str] | None = None, *, namespace: str = "") -> int:

@@ -249,6 +249,8 @@ def _evaluate_qa(
     check_ratio(settings["ratio"])
     if samples is not None and samples < 1:
         raise ICAEError(f"samples must be at least 1, got {samples}")
+    if responses is not None and save is not None and responses.resolve() == save.resolve():
+        raise ICAEError(f"--responses and --save both name {save}; give each a file of its own")
     for path in (responses, save):
         if path is not None:
             make_room(path)

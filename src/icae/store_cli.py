@@ -178,8 +178,10 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write contexts to one file: an archive for `import`, or a slot file for `icae ask`."""
+    from icae.archive import check_place
     from icae.archive import export as write
 
+    check_place(archive)
     kept = open_store(store)
     if archive.suffix == ".safetensors":
         if names is None or len(names) != 1:

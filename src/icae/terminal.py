@@ -132,7 +132,7 @@ def text_of(source: str, *, literal: bool = True) -> str:
         text = decoded(sys.stdin.buffer.read(), "standard input")
     elif not literal or os.path.exists(source):
         text = read_text(source)
-    elif not any(c.isspace() for c in source) or re.fullmatch(r"[^\n]{1,200}\.(txt|md|rst|text|py|json|html?|pdf)", source):
+    elif not any(c.isspace() for c in source) or re.fullmatch(r"[^\n]{1,200}\.[^\W\d]\w{0,7}", source):
         raise ICAEError(f"no file at {source}; if that is the text itself, give it on standard input: echo ... | icae ... -")
     else:
         text = source

@@ -65,10 +65,13 @@ def build(
     Raises
     ------
     ICAEError
-        If a file cannot be written, or the teacher fails; what it said before is in the files then.
+        If a file cannot be written, or holds what was made otherwise, or the teacher fails; what it said before is in the files then.
     """
-    make_room(out)
-    ledger = Ledger(files(out)[1])
+    train, raw, test = files(make_room(out))
+    for path in (train, test):
+        if not raw.exists() and path.exists() and path.stat().st_size:
+            raise ICAEError(f"{path} was not made by icae data build ({raw.name} is not beside it); name another file")
+    ledger = Ledger(raw)
     begun, limits, stopped = time.monotonic(), budget or Budget(), None
     todo = [text for text in texts if not ledger.has(teacher.name, text)]
     done = len(texts) - len(todo)
