@@ -148,6 +148,9 @@ def test_what_is_missing_is_said_and_never_made_up(base, files):
     absent = [r for r in table.rows if r["kind"] == "embedding"]
     assert len(absent) == 3 and all(r.get("loss") is None for r in absent)
     assert any("--embedding" in n for n in table.notes) and "not measured" in table.to_markdown()
+    other = dataclasses.replace(bare, checkpoints={"main": files / "embedding"}, _loaded={})
+    table = table3.run(other, **small("table3"))
+    assert [r["kind"] for r in table.rows] == ["embedding"] * 3 + ["kv"] * 3 and any("adapter with kv slots" in n for n in table.notes)
     for name in ("table4", "table5", "qa"):
         table = importlib.import_module(f"icae.experiments.{name}").run(bare, **small(name))
         assert all(number(r.get(k)) is None for r in table.rows for k in ("f1", "f1_first", "win"))
@@ -172,7 +175,14 @@ def test_fine_tuned_ablations_are_preferred(context, files, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["fig9"], ["--judge", "m", "--judge-url", "http://127.0.0.1:9", "--text", "nowhere"], ["--rival", "m"]]
+    "arguments",
+    [
+        ["fig9"],
+        ["--judge", "m", "--judge-url", "http://127.0.0.1:9", "--text", "nowhere"],
+        ["--rival", "m"],
+        ["--judge-url", "http://127.0.0.1:9"],
+        ["--qa", "."],
+    ],
 )
 def test_bad_input_ends_in_one_line_and_code_2(arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -211,6 +221,9 @@ def test_roles_are_found_among_what_ships(base, files, tmp_path, monkeypatch):
     assert roles("a-answers") == {"main": "a-answers", "answers": "a-answers", "embedding": "c-emb"}
     tiny.make_icae(base).save_pretrained(tmp_path / "a-answers" / "checkpoint-3")
     assert roles("a-answers/checkpoint-3")["answers"] == "checkpoint-3"
+    for note in ("{", "[]"):  # damaged
+        (tmp_path / "d" / "train_config.json").write_text(note)
+        assert roles("d")["answers"] == "d"
     (tmp_path / "d" / "train_config.json").unlink()  # from the Hub, say
     assert roles("d")["answers"] == "d"
 
@@ -372,6 +385,8 @@ def test_errors_are_classed(base):
     assert kinds("a lamp c", "a ledger c", alike=-1) == ["paraphrased"]
     assert kinds("July weather, then", "weather July, then") == ["swapped"]
     assert kinds("I had therefore slept a while", "I had slept therefore a while") == ["swapped", "swapped"]
+    moved = table2.differences(base, "I had therefore slept a while", "I had slept therefore a while", 2.0)
+    assert table2.counted(moved) == {"swapped": 1} and table2.counted(table2.differences(base, "a b c", "a x c", 2.0)) == {"swapped": 1}
     assert kinds("the heat", ", heat") == ["dropped"] and kinds(", heat", "the heat") == ["added"]
     assert kinds("so, you said", "so you said") == kinds("The Lamp", "the lamp") == kinds("a - b", "a b") == []
     (row,) = table2._rows(table2.differences(base, "so, you", "so you", 0.5), 16)
@@ -428,6 +443,14 @@ def test_cache_bytes_are_those_of_the_base(context):
     assert any("2 x 32 left out" in n for n in table.notes)
 
 
+def test_contexts_beyond_the_positions_are_cut_said_and_timed_once(context):
+    settings = {**small("table7"), "batches": (1,), "most_tokens": 10_000, "repeats": 1}
+    table = table7.run(context, **{**settings, "contexts": (16, 5000, 9000)})
+    assert len(table.rows) == 2 and sum("5000, 9000 tokens of context" in n for n in table.notes) == 1
+    with pytest.raises(ICAEError, match="no room"):
+        table7.run(context, **{**settings, "generated": 10_000})
+
+
 def test_peak_memory_sees_what_a_turn_takes_even_after_one_that_took_as_much(context):
     for _ in range(2):
         with table7._peak(context) as peak:
@@ -478,6 +501,16 @@ def test_lengths_beyond_the_text_are_left_out_and_said(context):
     assert any("100000" in n for n in table.notes)
     with pytest.raises(ICAEError, match="longer text"):
         fig4.run(context, samples=2, lengths=(100_000,))
+    notes = fig6.run(context, **{**small("fig6"), "samples": 2, "text_lengths": (0, 64)}).notes
+    assert any(n.startswith("Left out: 64 tokens") for n in notes)
+
+
+def test_questions_left_out_are_counted_by_why(context, tmp_path):
+    rows = [{**QUESTIONS[0], "input": "a"}, {**QUESTIONS[0], "input": "word " * 900}, QUESTIONS[0]]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = []
+    assert len(dataclasses.replace(context, qa=tmp_path / "qa.jsonl").triples(9, 200, notes)) == 1
+    assert [n[:9] for n in notes[:2]] == ["1 of the "] * 2 and "above 200" in notes[0] and "below 2" in notes[1]
 
 
 # ---- tables and pictures ----

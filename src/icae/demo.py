@@ -19,6 +19,7 @@ from icae.metrics import bleu, exact_match
 from icae.model import ICAE, joined
 
 SAMPLE = Path(__file__).parent / "samples" / "handbook.txt"
+"""The text that ships: what is looked at, and measured, where no other is given."""
 QUESTIONS = ["Where is the steel pick kept?", "When does the small bell ring?"]
 GENERAL_QUESTIONS = ["What is this text about?", "Give this text a title."]
 ANSWER_TOKENS = 48

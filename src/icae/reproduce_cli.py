@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from icae.experiments import EXPERIMENTS
-from icae.terminal import BaseDtype, Device
+from icae.terminal import BaseDtype, BaseName, Device, Json, Model, Seed
 
 if TYPE_CHECKING:
     from icae.experiments.context import Context
@@ -29,12 +29,14 @@ def reproduce(
     qa: Annotated[str | None, _path("--qa", "Questions: a .jsonl of input, prompt, answer (and answers).")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few, short samples: shows that everything runs.")] = False,
     samples: Annotated[int | None, _path("--samples", "Samples a figure is taken over.", "each experiment's own")] = None,
-    model: Annotated[str | None, _path("--model", "Checkpoint: a folder, a shipped name or a Hub id.", "ships with icae")] = None,
+    model: Model = None,
     polish: Annotated[
         int,
-        typer.Option("--polish", help="Gradient steps on slots that are read back or asked; compress takes more, and everything longer."),
+        typer.Option(
+            "--polish", min=0, help="Gradient steps on slots that are read back or asked; compress takes more, and everything longer."
+        ),
     ] = 1,
-    base: Annotated[str | None, _path("--base", "Base LLM: name, folder or Hub id.", "the checkpoint's")] = None,
+    base: BaseName = None,
     embedding: Annotated[str | None, _path("--embedding", "Checkpoint with slots of the other kind.", "one that ships")] = None,
     answers: Annotated[str | None, _path("--answers", "Checkpoint that was fine-tuned to answer.", "one that ships")] = None,
     adapters: Annotated[
@@ -47,12 +49,15 @@ def reproduce(
     device: Device = "cpu",
     base_dtype: BaseDtype = "float32",
     jobs: Annotated[
-        int | None, _path("--jobs", "Processes of one thread that work side by side.", "as many as cores; on accelerators 1")
+        int | None,
+        typer.Option(
+            "--jobs", min=1, help="Processes of one thread that work side by side.", show_default="as many as cores; on accelerators 1"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides which samples are drawn.")] = 0,
+    seed: Seed = 0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what stands there from the same settings and commit.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="List the experiments and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run the paper's experiments and write tables and figures; exits with 1 where one failed."""
     if list_:
@@ -60,11 +65,8 @@ def reproduce(
         return
     from icae.errors import ICAEError
 
-    for name in names or []:
-        if name not in EXPERIMENTS:
-            raise ICAEError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
-    if rival and judge is None:
-        raise ICAEError("--rival needs a judge: give --judge MODEL")
+    if (rival or judge_url) and judge is None:
+        raise ICAEError(f"{'--rival' if rival else '--judge-url'} needs a judge: give --judge MODEL")
     if adapters is not None and not adapters.is_dir():
         raise ICAEError(f"--adapters {adapters}: no such folder; train the ablations first (configs/ablations)")
     from icae.experiments.crew import GROUPS, side_by_side

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,23 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from icae import terminal
 from icae.base import Base, load_base
 from icae.checkpoint import SHIPPED, find_checkpoint, read_config
 from icae.config import POLISH_RATES
 from icae.data import Corpus, load_corpus
+from icae.demo import SAMPLE
 from icae.errors import ICAEError
 from icae.model import ICAE
 from icae.triples import Triple, load_triples
 
 if TYPE_CHECKING:
     from icae.judge import Judge
-
-SAMPLE = Path(__file__).parent.parent / "samples" / "handbook.txt"
-"""The text that ships: what is measured where no other is given."""
-
-
-def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -56,7 +50,7 @@ class Context:
     seed: int = 0
     polish: int | None = None
     """Gradient steps on slots once they are written; none: each checkpoint's own."""
-    say: Callable[[str], None] = _print
+    say: Callable[[str], None] = terminal.say
     known: dict[Any, Any] = field(default_factory=dict)
     """What was measured already, by all that decides it; several experiments look at the same texts."""
     _loaded: dict[Path, ICAE] = field(default_factory=dict)
@@ -140,17 +134,19 @@ class Context:
             return []
         order = np.random.default_rng([self.seed, 5]).permutation(len(self._triples))
         short: list[Triple] = []
-        long = 0
+        long = tiny = 0
         for i in order:
             if len(short) == samples:
                 break
             t = self._triples[int(i)]
-            if 2 <= len(self.base.encode(t.context)) <= context_tokens:
+            tokens = len(self.base.encode(t.context))
+            if 2 <= tokens <= context_tokens:
                 short.append(t)
-            else:
-                long += 1
-        if long:
-            notes.append(f"{long} of the {long + len(short)} questions drawn were left out: context above {context_tokens} tokens.")
+            long += tokens > context_tokens
+            tiny += tokens < 2
+        for count, why in ((long, f"above {context_tokens}"), (tiny, "below 2")):
+            if count:
+                notes.append(f"{count} of the {long + tiny + len(short)} questions drawn were left out: context {why} tokens.")
         if len(short) < samples:
             notes.append(f"Only {len(short)} questions fit, {samples} were asked for.")
         if not short:
@@ -258,9 +254,10 @@ def open_context(
     ICAEError
         If a file is missing, or there is no adapter for the base.
     """
-    for name, path in (("--text", text), ("--qa", qa)):
-        if path is not None and not Path(path).exists():
-            raise ICAEError(f"{name} {path}: there is nothing; give a folder or file that is here")
+    if text is not None and not Path(text).exists():
+        raise ICAEError(f"--text {text}: there is nothing; give a folder or file that is here")
+    if qa is not None and not Path(qa).is_file():
+        raise ICAEError(f"--qa {qa}: there is no such file; give one of input, prompt, answer (.jsonl)")
     main = find_checkpoint(model)
     config = read_config(main)
     loaded = load_base(base or config.base, device=device, dtype=dtype)
@@ -296,5 +293,7 @@ def _shipped(fingerprint: str, kind: str) -> dict[str, Path]:
 def _tuned(folder: Path, *, unknown: bool = False) -> bool:
     """Tell whether an adapter was fine-tuned to answer; `unknown` where nothing says how it was trained."""
     run = folder.parent if folder.name.startswith("checkpoint-") else folder
-    note = run / "train_config.json"
-    return json.loads(note.read_text(encoding="utf-8")).get("objective") == "instruct" if note.exists() else unknown
+    try:
+        return json.loads((run / "train_config.json").read_text(encoding="utf-8")).get("objective") == "instruct"
+    except (OSError, ValueError, AttributeError):  # none, or a damaged one
+        return unknown

@@ -47,8 +47,8 @@ def run(
     model = context.main
     room = context.longest - target
     lengths = context.within(lengths, room, "no document is longer, with what follows", notes)
-    text_lengths = [n for n in text_lengths if n <= max(lengths)]
     longest = max(lengths)
+    text_lengths = context.within(text_lengths, longest, "no context is longer", notes)
     at_once = min(at_once, longest)
     windows = context.windows(longest + target, samples)
     sides: dict[tuple[str, int], list[float]] = {}

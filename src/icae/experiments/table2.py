@@ -35,14 +35,13 @@ def run(context: Context, *, samples: int = 100, length: int = 512, alike: float
     readings = read_back(context, model, windows)
     scores = bleus(model, readings, windows)
     middle = int(np.argsort(scores, kind="stable")[len(scores) // 2])
-    counts: Counter[str] = Counter()
-    for window, reading in zip(windows, readings, strict=True):
-        counts.update(kind for *_, kind in differences(context.base, decode(window), decode(reading.made), alike) if kind)
-    rows = _rows(differences(context.base, decode(windows[middle]), decode(readings[middle].made), alike), words_a_row)
+    found = [differences(context.base, decode(w), decode(r.made), alike) for w, r in zip(windows, readings, strict=True)]
+    counts = sum(map(counted, found), Counter[str]())
+    rows = _rows(found[middle], words_a_row)
     told = ", ".join(f"{counts[kind]} {kind}" for kind in ("dropped", "added", "swapped", "paraphrased"))
     notes.append(f"The window shown has the median BLEU of {samples}, {scores[middle]:.1f}.")
-    whole = sum(r.made == w for r, w in zip(readings, windows, strict=True))
-    notes.append(f"Over all {samples} windows of {length} tokens: {told}; {whole} windows without an error.")
+    whole = sum(not any(kind for *_, kind in pieces) for pieces in found)
+    notes.append(f"Over all {samples} windows of {length} tokens, in pieces of words: {told}; {whole} windows without an error.")
     return Table("table2", COLUMNS, rows, notes, hashes(windows))
 
 
@@ -68,6 +67,11 @@ def differences(base: Base, original: str, again: str, alike: float) -> list[tup
                 found[i], found[j] = (here, there, "swapped"), (*found[j][:2], "swapped")
                 break
     return found
+
+
+def counted(pieces: list[tuple[list[str], list[str], str]]) -> Counter[str]:
+    """Count the classes; a word that moved is two pieces, and counts where it was dropped."""
+    return Counter(kind for here, _, kind in pieces if kind and (kind != "swapped" or _bare(here)))
 
 
 def _bare(words: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from icae.base import Base
+from icae.config import KINDS
 from icae.experiments.context import Context, hashes
 from icae.experiments.reading import bleus, losses, read_back
 from icae.experiments.table import Cell, Column, Table, mean
@@ -37,10 +38,11 @@ def run(context: Context, *, samples: int = 100, length: int = 128) -> Table:
         "random": [random_ids(context.base, length, [context.seed, 3, i]) for i in range(samples)],
     }
     rows: list[dict[str, Cell]] = []
-    adapters = {"main": context.main, "embedding": context.adapter("embedding")}
-    for role, model in adapters.items():
+    adapters = [context.main, context.adapter("embedding")]
+    absent = next(kind for kind in KINDS if kind != context.main.config.kind)
+    for model in adapters:
         for name, texts in contents.items():
-            row: dict[str, Cell] = {"kind": model.config.kind if model else role, "content": name, "length": length, "samples": samples}
+            row: dict[str, Cell] = {"kind": model.config.kind if model else absent, "content": name, "length": length, "samples": samples}
             if model is not None:
                 readings = read_back(context, model, texts)
                 row |= {
@@ -49,8 +51,8 @@ def run(context: Context, *, samples: int = 100, length: int = 128) -> Table:
                     "bleu": mean(bleus(model, readings, texts)),
                 }
             rows.append(row)
-    if None in adapters.values():
-        notes.append("No adapter with embedding slots for this base: give --embedding FOLDER.")
+    if None in adapters:
+        notes.append(f"No adapter with {absent} slots for this base: give --embedding FOLDER.")
     return Table("table3", COLUMNS, rows, notes, hashes([w for texts in contents.values() for w in texts]))
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from icae.base import cache_of
+from icae.errors import ICAEError
 from icae.experiments.context import Context, hashes
 from icae.experiments.table import Cell, Column, Table
 from icae.model import ICAE
@@ -54,20 +55,22 @@ def run(
 ) -> Table:
     """Time every batch and context whose product is at most `most_tokens`."""
     notes = context.text_note()
-    room = context.base.max_positions - generated - context.main.config.marker_length
+    positions = context.base.max_positions
+    room = positions - generated - context.main.config.marker_length
+    if room < 2:
+        raise ICAEError(f"the base's {positions} positions leave no room for a context beside {generated} generated tokens")
+    if long := [str(n) for n in contexts if n > room]:
+        notes.append(f"{', '.join(long)} tokens of context are {room} here: the base has {positions} positions in all.")
     windows: list[list[int]] = []
     rows: list[dict[str, Cell]] = []
-    for length in contexts:
-        fitting = min(length, room)
-        if fitting < length:
-            notes.append(f"{length} tokens of context are {fitting} here: the base has {context.base.max_positions} positions in all.")
+    for length in dict.fromkeys(min(n, room) for n in contexts):
         for batch in batches:
-            if batch * fitting > most_tokens:
+            if batch * length > most_tokens:
                 notes.append(f"{batch} x {length} left out: more than {most_tokens} tokens of context would take too long here.")
                 continue
-            ids = _texts(context, fitting, batch)
+            ids = _texts(context, length, batch)
             windows += ids
-            context.say(f"  timing {batch} x {fitting} tokens")
+            context.say(f"  timing {batch} x {length} tokens")
             if not rows:
                 _measure(context, context.main, [row[:32] for row in ids], 2, 1)
             rows.append(_measure(context, context.main, ids, generated, repeats))
