@@ -104,6 +104,12 @@ def test_another_endpoint_is_asked_anew_though_its_model_has_the_same_name(tmp_p
     assert judge(tmp_path, Endpoint(fail_after=0)).compare("p", [ITEM]) == ([1], 0)
 
 
+def test_an_endpoint_of_the_environment_is_one_as_well(tmp_path, monkeypatch):
+    assert judge(tmp_path, Endpoint("Verdict: 1", "Verdict: 2")).compare("p", [ITEM]) == ([1], 0)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://there/v1")
+    assert judge(tmp_path, Endpoint("Verdict: 2", "Verdict: 1")).compare("p", [ITEM]) == ([-1], 0)
+
+
 def test_a_record_without_an_endpoint_keeps_its_keys(tmp_path):
     judge(tmp_path, Endpoint("x")).ask("m", [("A text.", "What?")], 8)
     (row,) = [json.loads(line) for line in (tmp_path / "record" / "judge.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Judge:
     """
 
     def __init__(self, model: str, record: str | Path, *, url: str | None = None, client: Any = None):
-        self.model, self.url = model, url
+        self.model, self.url = model, url or os.environ.get("OPENAI_BASE_URL")
         self.record = Path(record)
         self._client = client or connect(url, purpose="judging", extra="judge", instead="give --judge-url")
         self._known = dict(journal.read(self.record, lambda row: (row["key"], str(row["reply"])), "reply of a judge"))
