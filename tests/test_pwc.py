@@ -386,6 +386,12 @@ def test_replies_beside_a_defect_are_kept(monkeypatch):
 # ---- the command line ----
 
 
+@pytest.mark.parametrize("option", ["--texts=0", "--most=-1", "--max-requests=-1", "--max-tokens=-1", "--minutes=-1"])
+def test_numbers_out_of_range_are_refused(icae, option):  # noqa: F811
+    code, out, err = icae("data", "build", "none", "o.jsonl", option)
+    assert (code, out) == (2, "") and option.partition("=")[0] in err
+
+
 @pytest.mark.parametrize("source", ["t.jsonl", "t.raw.jsonl", "t.test.jsonl"])
 def test_the_texts_are_not_written_over(icae, tmp_path, source):  # noqa: F811
     (tmp_path / source).write_text(row := json.dumps({"text": LINES[0]}))
@@ -419,9 +425,9 @@ def test_build_and_check_on_the_command_line(icae, tmp_path):  # noqa: F811
     assert icae("data", "check", "good.jsonl")[0] == 0
     for arguments, words in (
         (("data", "build", "books", "out.txt"), ".jsonl"),
-        (("data", "build", "books", "o.jsonl", "--texts", 0), "texts"),
         (("data", "build", "books", "o.jsonl", "--kinds", "summary,song"), "no kind 'song'"),
-        (("data", "build", "books", "o.jsonl", "--kinds", "title", "--teacher", "m"), "--teacher base"),
+        (("data", "build", "books", "o.jsonl", "--kinds", "title", "--teacher", "m"), "--teacher base knows --kinds"),
+        (("data", "build", "books", "o.jsonl", "--prompts", 6, "--base-dtype", "auto", "--teacher", "m"), "knows --prompts, --base-dtype"),
         (("data", "build", "books", "o.jsonl", "--least", 5000, "--most", 6000), "no passage"),
         (("data", "build", "books", "o.jsonl", "--url", "http://127.0.0.1:9/v1", "--least", 60), "--teacher"),
         (("data", "build", "none", "o.jsonl"), "none"),

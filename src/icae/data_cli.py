@@ -18,20 +18,23 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 """Bad lines that are named, but with --json."""
+_OF_THE_BASE = ("prompts", "kinds", "answer_tokens", "base", "device", "base_dtype")
+"""Options of `build` that no endpoint reads."""
 
 app = typer.Typer(help="Make and check triples of context, prompt and response.", no_args_is_help=True)
 
 
 @app.command()
 def build(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Texts: a folder of .txt, a .txt or .jsonl file, or a Hub name.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Triples to write (.jsonl); raw replies and test triples go beside it.", show_default=False)],
     teacher: Annotated[str, typer.Option(help="'base' (offline, the base reads the full text) or a model behind an endpoint.")] = "base",
     url: Annotated[str | None, typer.Option(help="OpenAI-compatible endpoint.", show_default="OPENAI_BASE_URL, else OpenAI's")] = None,
-    texts: Annotated[int, typer.Option(help="Passages to ask about.")] = 500,
-    least: Annotated[int, typer.Option(help="Characters of a passage, at least.")] = 400,
-    most: Annotated[int, typer.Option(help="Characters of a passage, at most.")] = 1200,
-    prompts: Annotated[int, typer.Option(help="Prompts a passage, of fifteen (teacher base; an endpoint writes all).")] = 6,
+    texts: Annotated[int, typer.Option(min=1, help="Passages to ask about.")] = 500,
+    least: Annotated[int, typer.Option(min=1, help="Characters of a passage, at least.")] = 400,
+    most: Annotated[int, typer.Option(min=1, help="Characters of a passage, at most.")] = 1200,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts a passage, of fifteen (teacher base; an endpoint writes all).")] = 6,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -40,11 +43,11 @@ def build(
         ),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the answers.", show_default="0 from the base, 0.7 from an endpoint")] = None,
-    answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most (teacher base).")] = 96,
-    together: Annotated[int, typer.Option(help="Passages asked about at once.")] = 4,
-    max_requests: Annotated[int | None, typer.Option(help="Passages asked about at most, over all runs.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens spent at most, over all runs.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Stop after this long; the next run goes on.")] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most (teacher base).")] = 96,
+    together: Annotated[int, typer.Option(min=1, help="Passages asked about at once.")] = 4,
+    max_requests: Annotated[int | None, typer.Option(min=0, help="Passages asked about at most, over all runs.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=0, help="Tokens spent at most, over all runs.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Stop after this long; the next run goes on.")] = None,
     test_share: Annotated[float, typer.Option(help="Share of the passages whose triples go to the test file.")] = 0.05,
     seed: Annotated[int, typer.Option(min=0, help="Decides which passages are drawn.")] = 0,
     base: Annotated[str | None, typer.Option("--base", help="Base LLM of teacher base.", show_default="the embedded one")] = None,
@@ -66,15 +69,10 @@ def build(
         raise ICAEError(f"{out} must end in .jsonl")
     for path in files(out):
         check_apart(path, source)
-    for name, value in (
-        ("texts", texts),
-        ("least", least),
-        ("prompts", prompts),
-        ("together", together),
-        ("answer_tokens", answer_tokens),
-    ):
-        if value < 1:
-            raise ICAEError(f"{name} must be at least 1, got {value}")
+    given = [name for name in _OF_THE_BASE if (source_of := context.get_parameter_source(name)) and source_of.name == "COMMANDLINE"]
+    if teacher != "base" and given:
+        told = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ICAEError(f"only --teacher base knows {told}; a model behind an endpoint writes all fifteen prompts, in its own way")
     if temperature is not None and not temperature >= 0:
         raise ICAEError(f"temperature must be at least 0, got {temperature}")
     wanted = [] if kinds is None else kinds_of(kinds)
@@ -101,9 +99,9 @@ def build(
 def check(
     source: Annotated[str, typer.Argument(help="Triples: a .jsonl, SQuAD's .json, or a Hub name.", show_default=False)],
     base: Annotated[str | None, typer.Option("--base", help="Also count tokens, with this base's tokenizer.")] = None,
-    least: Annotated[int, typer.Option(help="Fewest tokens of a context: the ratio, so that it fills a slot (with --base).")] = 4,
+    least: Annotated[int, typer.Option(min=1, help="Fewest tokens of a context: the ratio, so that it fills a slot (with --base).")] = 4,
     most: Annotated[
-        int | None, typer.Option(help="Most tokens of a context: the run's context_length (with --base).")
+        int | None, typer.Option(min=1, help="Most tokens of a context: the run's context_length (with --base).")
     ] = TrainConfig.context_length,
     as_json: Json = False,
 ) -> None:
@@ -164,8 +162,6 @@ def _teacher(
     from icae.pwc.teachers import BaseTeacher, EndpointTeacher
 
     if name != "base":
-        if kinds:
-            raise ICAEError("--kinds belongs to --teacher base; an endpoint writes all fifteen")
         return EndpointTeacher(name, url, temperature=0.7 if temperature is None else temperature, together=together)
     if url is not None:
         raise ICAEError("--url belongs to a model behind an endpoint: --teacher NAME")
