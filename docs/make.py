@@ -327,14 +327,18 @@ def pages() -> dict[Path, str]:
     """Return every made page with the content it should have."""
     docs = ROOT / "docs"
     tables = {ROOT / "README.md": results_table(), docs / "serving.md": serving_table(), docs / "finetuning.md": answers_table()}
-    made = {page: _with_table(page.read_text(encoding="utf-8"), table) for page, table in tables.items()}
+    made = {page: _with_table(page, table) for page, table in tables.items()}
     cards = {f.parent / "README.md": card(f.parent) for f in sorted((ROOT / "src/icae/adapters").glob("*/config.json"))}
     whole = {docs / "cli.md": cli_page(), docs / "settings.md": settings_page(), docs / "results.md": results_page()}
     return {**whole, **made, **cards}
 
 
-def _with_table(text: str, table: str) -> str:
-    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: BEGIN + table + END, text, flags=re.DOTALL)
+def _with_table(page: Path, table: str) -> str:
+    place = re.escape(BEGIN) + ".*?" + re.escape(END)
+    text, count = re.subn(place, lambda _: BEGIN + table + END, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    if count != 1:
+        sys.exit(f"{page} has {count} places for results, not one; put {BEGIN.strip()} and {END} back")
+    return text
 
 
 def main(check: bool = False) -> None:

@@ -1,5 +1,6 @@
 """The command line, run in this process on a tiny checkpoint, through `main`, so that error lines and exit codes are the real ones."""
 
+import importlib.util
 import io
 import json
 import os
@@ -15,7 +16,8 @@ import tiny
 import yaml
 from typer.testing import CliRunner
 
-from icae import cli
+from icae import cli, terminal
+from icae.checkpoint import DEFAULT
 from icae.data import Windows
 from icae.model import ICAE
 from icae.slots import MemorySlots
@@ -491,6 +493,57 @@ def test_help_shows_what_the_documents_list(monkeypatch):
         shown = re.sub(r"\[default: \((.*?)\)\]", r"[default: \1]", shown)
         for told in re.findall(r"^\| `[^`]+` \| (.*) \|$", rows, re.MULTILINE):
             assert told.replace("\\|", "|") in shown, (command, told)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_takes_nothing_more_is_one_line_or_none(unbuffered):
+    command = [sys.executable, "-m", "icae", "reproduce", "--list"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        told = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert told.returncode == 2 and told.stderr.startswith("icae: error: could not write") and told.stderr.count("\n") == 1
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as broken:
+        told = subprocess.run(command, stdout=broken, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (told.returncode, told.stderr) == (1, "")
+
+
+def test_an_answer_comes_without_the_whitespace_around_it():
+    said = ["", " \n", " a", "b ", " ", "c", "\n", " "]
+    assert "".join(terminal.stripped(iter(said))) == "ab  c" and "".join(terminal.stripped(iter([" "]))) == ""
+
+
+def test_a_checkpoint_is_called_by_its_last_name(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert [terminal.name_of(name) for name in (".", str(tmp_path / "mine"), "them/theirs", None)] == [
+        "mine",
+        "mine",
+        "them/theirs",
+        DEFAULT,
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_compressed(icae, text, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    code, _, err = icae("compress", text, "-o", "s.safetensors", "--model", "none")
+    assert code == 2 and "read-only" in err
+
+
+@pytest.mark.parametrize("limit, words", [("shutdown=inf", "finite"), ("max_rows=1.5", "whole number"), ("timeout=x", "be a number")])
+def test_limits_are_numbers_of_their_kind(icae, limit, words):
+    code, _, err = icae("serve", "--limit", limit)
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_a_page_without_a_place_for_results_is_told(tmp_path):
+    spec = importlib.util.spec_from_file_location("make", ROOT / "docs" / "make.py")
+    spec.loader.exec_module(make := importlib.util.module_from_spec(spec))
+    (tmp_path / "page.md").write_text("No place.")
+    with pytest.raises(SystemExit, match="0 places"):
+        make._with_table(tmp_path / "page.md", "| table |")
 
 
 def test_python_runs_it_as_a_module():

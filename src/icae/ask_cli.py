@@ -29,6 +29,7 @@ from icae.terminal import (
     print_stream,
     sampling_of,
     say,
+    stripped,
     text_of,
 )
 
@@ -80,6 +81,6 @@ def ask(
         loaded = icae.focused(loaded, prompt)
         about["segments_asked"] = len(loaded.segments)
     pieces = icae.stream_answer(loaded, prompt, max_new_tokens=max_tokens, sampling=sampling_of(temperature, seed))
-    print_stream("answer", pieces, as_json, **about)
+    print_stream("answer", stripped(pieces), as_json, **about)
     if not as_json and about and about["segments_asked"] < about["segments"]:
         say("from {segments_asked} of {segments} segments, those that the question is about; --focus 0 asks all".format(**about))

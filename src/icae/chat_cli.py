@@ -51,7 +51,7 @@ def chat(
     temperature: Temperature = 0.0,
     seed: SamplingSeed = 0,
     ratio: Annotated[
-        int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file.", show_default="checkpoint's")
+        int | None, typer.Option("--ratio", help="Context tokens a slot, of a text file.", show_default="the checkpoint's")
     ] = None,
     polish: Polish = None,
     focus: Focus = None,
@@ -133,7 +133,9 @@ def _lines() -> Iterator[str]:
             import readline  # noqa: F401 - input() edits lines with it
         while True:
             try:
-                line = input("> ").strip()
+                if not sys.stdout.isatty():  # input() would write its prompt among the answers
+                    print("> ", end="", file=sys.stderr, flush=True)
+                line = input("> " if sys.stdout.isatty() else "").strip()
             except (EOFError, KeyboardInterrupt):
                 print(file=sys.stderr)
                 return

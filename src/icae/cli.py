@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -63,13 +64,14 @@ def _icae(
     """Take the options of no command."""
 
 
-Source = Annotated[str, typer.Argument(help="A text file, '-' for standard input, or the text itself.")]
+SOURCE = "A text file, '-' for standard input, or the text itself."
+Source = Annotated[str, typer.Argument(help=SOURCE)]
 SlotFile = Annotated[Path, typer.Argument(help="A slot file, as `icae compress` writes it.", show_default=False)]
 
 
 @app.command()
 def demo(
-    source: Annotated[str | None, typer.Argument(help="A text file.", show_default="a sample that ships")] = None,
+    source: Annotated[str | None, typer.Argument(help=SOURCE, show_default="a sample that ships")] = None,
     question: Annotated[list[str] | None, typer.Option("--question", "-q", help="A question to ask; may be repeated.")] = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="Put right what was read back, as `icae reconstruct` does: takes longer.")
@@ -105,10 +107,13 @@ def compress(
     text = text_of(source)
     if out.exists() and os.path.exists(source) and os.path.samefile(source, out):
         raise ICAEError(f"{out} is the text itself, which the slots would overwrite; name another file with -o")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ICAEError(
-            f"could not write {out}: {'it is a folder' if out.is_dir() else f'there is no folder {out.parent}'}; name a file with -o"
-        )
+    for holds, why in (
+        (out.is_dir(), "it is a folder"),
+        (not out.parent.is_dir(), f"there is no folder {out.parent}"),
+        (not os.access(out.parent, os.W_OK), f"folder {out.parent} is read-only"),
+    ):
+        if holds:
+            raise ICAEError(f"could not write {out}: {why}; name a file with -o")
     check_ratio(ratio)
     icae = load_model(model, base, device, base_dtype, polish=polish)
     import torch
@@ -264,16 +269,22 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
     try:
         with lent:
-            app()
+            try:
+                app()
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here, where its failure can be told
     except ICAEError as error:
         say(f"icae: error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO) or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what waits there still goes nowhere
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        say(f"icae: error: could not write the output: {error.strerror}")
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from icae.terminal import (
     Refine,
     Seed,
     load_model,
+    name_of,
     print_results,
     print_table,
     progress,
@@ -226,7 +227,7 @@ def _evaluate(function: Callable[..., Any], text: str, loading: dict[str, Any], 
         read = hashlib.sha256(corpus.ids.tobytes()).hexdigest()[:12]
         about: dict[str, Any] = {"text": "/".join(Path(text).parts[-2:]), "text_sha256": read}
         about |= {"polish": icae.origin_at(settings["ratio"]).polish, **settings}
-        write_report(save, function.__name__, _checkpoint_name(loading["model"]), icae, about, results)
+        write_report(save, function.__name__, name_of(loading["model"]), icae, about, results)
     return results
 
 
@@ -270,7 +271,7 @@ def _evaluate_qa(
         asked |= {name: getattr(icae.config, name) for name in ("focus", "grounding", "beginnings")}
         about: dict[str, Any] = {"data": Path(data).name, "data_sha256": digest(every)}
         about |= {"samples": samples, "seed": seed, **asked, **settings}
-        write_report(save, name, _checkpoint_name(loading["model"]), icae, about, results)
+        write_report(save, name, name_of(loading["model"]), icae, about, results)
 
     def plain() -> None:
         for name in results:
@@ -307,9 +308,3 @@ def _lines(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None] | Non
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _checkpoint_name(model: str | None) -> str:
-    from icae.checkpoint import find_checkpoint
-
-    return find_checkpoint(model).name

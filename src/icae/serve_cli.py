@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import ipaddress
 import socket
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from icae.errors import ICAEError
-from icae.terminal import BaseDtype, BaseName, Beginnings, Device, Focus, Grounding, Model, Polish, load_model
+from icae.terminal import BaseDtype, BaseName, Beginnings, Device, Focus, Grounding, Model, Polish, StoreFolder, load_model, name_of
 
 
 def serve(
@@ -26,9 +27,7 @@ def serve(
     focus: Focus = None,
     grounding: Grounding = None,
     beginnings: Beginnings = None,
-    store: Annotated[
-        Path | None, typer.Option("--store", help="The store's folder.", show_default="`store` in the user's cache folder")
-    ] = None,
+    store: StoreFolder = None,
     name: Annotated[
         str | None, typer.Option("--name", help="What the model is called to clients.", show_default="the checkpoint's")
     ] = None,
@@ -82,9 +81,11 @@ def serve(
     _check_free(host, port)
     icae = load_model(str(checkpoint), base, device, base_dtype, polish=polish, focus=focus, grounding=grounding, beginnings=beginnings)
     hosts = [host, "localhost", "127.0.0.1", "[::1]", "::1"] if _own(host) else None
-    app = create_app(icae, kept, name=name or checkpoint.name, limits=limits, keyring=keyring, open=open_to_all, hosts=hosts)
+    app = create_app(icae, kept, name=name or name_of(model), limits=limits, keyring=keyring, open=open_to_all, hosts=hosts)
     shutdown = int(limits.shutdown) + 1
-    uvicorn.run(app, host=host, port=port, log_level="info", timeout_graceful_shutdown=shutdown, server_header=False)
+    log = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    log["handlers"]["access"]["stream"] = "ext://sys.stderr"  # as all that is told beside results
+    uvicorn.run(app, host=host, port=port, log_config=log, log_level="info", timeout_graceful_shutdown=shutdown, server_header=False)
 
 
 def _check_free(host: str, port: int) -> None:
@@ -123,5 +124,6 @@ def _limits(kind: Any, pairs: list[str]) -> Any:
         try:
             values[name] = float(value) if isinstance(known[name].default, float) else int(value)
         except ValueError:
-            raise ICAEError(f"limit {name} must be a number, got {value!r}") from None
+            whole = "" if isinstance(known[name].default, float) else "whole "
+            raise ICAEError(f"limit {name} must be a {whole}number, got {value!r}") from None
     return kind(**values)

@@ -142,7 +142,7 @@ def verify(
     store: StoreFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Read everything in the store and check it; exits with 1 where something is damaged."""
+    """Read everything in the store and check it; exits with 1 where something is damaged and was not dropped."""
     with progress("verifying", "blobs") as tick:
         bad = open_store(store).verify(drop=drop, progress=tick)
     if as_json:

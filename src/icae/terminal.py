@@ -114,6 +114,13 @@ def load_model(model: str | None, base: str | None, device: str, dtype: str = "f
     return loaded
 
 
+def name_of(model: str | None) -> str:
+    """Return what a checkpoint is called: a shipped name or Hub id as it is given, a folder by its last name."""
+    from icae.checkpoint import DEFAULT
+
+    return Path(os.path.abspath(model)).name if model and Path(model).is_dir() else model or DEFAULT
+
+
 def text_of(source: str, *, literal: bool = True) -> str:
     """Return the text that `source` names or is.
 
@@ -197,9 +204,19 @@ def print_results(results: Any, as_json: bool, plain: Callable[[], None]) -> Non
 def print_stream(name: str, pieces: Iterator[str], as_json: bool, **about: int) -> None:
     """Print what is generated, as it comes, or as JSON when it is whole."""
     if as_json:
-        print(json.dumps({name: "".join(pieces).strip(), **about}, ensure_ascii=False))
+        print(json.dumps({name: "".join(pieces), **about}, ensure_ascii=False))
     else:
         print_pieces(pieces)
+
+
+def stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield pieces of text without the whitespace before and behind all of them."""
+    begun, kept = False, ""
+    for piece in pieces:
+        text = kept + piece if begun else piece.lstrip()
+        shown = text.rstrip()
+        begun, kept = begun or bool(shown), text[len(shown) :]
+        yield shown
 
 
 def print_pieces(pieces: Iterator[str]) -> None:

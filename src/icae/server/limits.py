@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ class Limits:
         """Check that everything is positive, or where nothing is allowed, not negative."""
         for field in dataclasses.fields(self):
             value, may_be_0 = getattr(self, field.name), field.name == "guesses"
-            if value is not None and not (value > 0 or may_be_0 and value == 0):
-                raise ICAEError(f"{field.name} must be {'at least' if may_be_0 else 'more than'} 0, got {value}")
+            if value is not None and not (0 < value < math.inf or may_be_0 and value == 0):
+                raise ICAEError(f"{field.name} must be {'at least' if may_be_0 else 'more than'} 0, and finite, got {value}")
 
 
 class BodyLimit:
